@@ -1,0 +1,86 @@
+// Checks and allocation on stable-ABI tensors, shared by the ops' host code.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+#include "common/feature_map.h"
+
+namespace preact {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Whether a 4-d tensor is dense in NHWC order; strides of dimensions of one element do not count.
+inline bool is_channels_last(const Tensor& tensor) {
+  if (tensor.dim() != 4) return false;
+  int64_t expected = 1;
+  for (const int dim : {1, 3, 2, 0}) {
+    if (tensor.size(dim) != 1 && tensor.stride(dim) != expected) return false;
+    expected *= tensor.size(dim);
+  }
+  return true;
+}
+
+// The layout results take from `input`: the rule of preact.reference.memory_format_of.
+inline MemoryFormat memory_format_of(const Tensor& input) {
+  return !input.is_contiguous() && is_channels_last(input) ? MemoryFormat::ChannelsLast
+                                                           : MemoryFormat::Contiguous;
+}
+
+inline Tensor dense(const Tensor& tensor, MemoryFormat format) {
+  const bool ready = format == MemoryFormat::ChannelsLast ? is_channels_last(tensor)
+                                                          : tensor.is_contiguous();
+  return ready ? tensor : torch::stable::contiguous(tensor, format);
+}
+
+inline FeatureMap feature_map(const Tensor& input, MemoryFormat format) {
+  STD_TORCH_CHECK(input.dim() >= 2, "input must have at least 2 dimensions [N, C, ...], got ",
+                  input.dim());
+  int64_t spatial = 1;
+  for (int64_t dim = 2; dim < input.dim(); ++dim) spatial *= input.size(dim);
+  // Without a spatial extent both orders are one; rows of channels are the faster walk.
+  const bool channels_last = format == MemoryFormat::ChannelsLast || spatial == 1;
+  return {input.size(0), input.size(1), spatial, channels_last};
+}
+
+inline void check_like(const Tensor& tensor, const Tensor& input, const char* name) {
+  bool same = tensor.dim() == input.dim() && tensor.scalar_type() == input.scalar_type() &&
+              tensor.device() == input.device();
+  for (int64_t dim = 0; same && dim < input.dim(); ++dim) {
+    same = tensor.size(dim) == input.size(dim);
+  }
+  STD_TORCH_CHECK(same, name, " must have the shape, dtype and device of input");
+}
+
+inline ScalarType accumulate_type(ScalarType type) {
+  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Tensor empty_like(const Tensor& input, MemoryFormat format) {
+  return torch::stable::empty(input.sizes(), input.scalar_type(), std::nullopt, input.device(),
+                              std::nullopt, format);
+}
+
+inline Tensor empty_vector(const Tensor& input) {
+  const int64_t size = input.size(1);
+  return torch::stable::empty({&size, 1}, accumulate_type(input.scalar_type()), std::nullopt,
+                              input.device());
+}
+
+// A per-channel vector [C], dense and in the accumulation type.
+inline Tensor channel_vector(const Tensor& vector, const Tensor& input, const char* name) {
+  STD_TORCH_CHECK(vector.dim() == 1 && vector.size(0) == input.size(1), name, " must have ",
+                  input.size(1), " elements, one per channel of input");
+  STD_TORCH_CHECK(vector.device() == input.device(), name, " must be on the device of input");
+  const ScalarType type = accumulate_type(input.scalar_type());
+  const Tensor same = vector.scalar_type() == type ? vector : torch::stable::to(vector, type);
+  return dense(same, MemoryFormat::Contiguous);
+}
+
+}  // namespace preact

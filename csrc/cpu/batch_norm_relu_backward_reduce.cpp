@@ -1,0 +1,67 @@
+#define PREACT_KERNELS "cpu/batch_norm_relu_backward_reduce_kernel.h"
+#include "cpu/foreach_capability.h"
+#include "cpu/host.h"
+
+namespace preact::cpu {
+namespace {
+
+// Gradients of weight and bias; fills `activation`, dense like input, where it is given.
+std::tuple<Tensor, Tensor> reduce(const Tensor& grad_output_, const Tensor& input_,
+                                  const Tensor& mean, const Tensor& var,
+                                  const OptionalTensor& weight, const OptionalTensor& bias,
+                                  double eps, const Tensor* activation) {
+  check_like(grad_output_, input_, "grad_output");
+  const MemoryFormat format = memory_format_of(input_);
+  const Tensor input = dense(input_, format), grad_output = dense(grad_output_, format);
+  const FeatureMap map = feature_map(input, format);
+  const Chunks chunks = Chunks::of(map);
+  Tensor grad_weight = empty_vector(input), grad_bias = empty_vector(input);
+  Partials sums(map, chunks);
+  dispatch(input.scalar_type(), [&]<typename T>() {
+    using A = accumulate_t<T>;
+    const Affine<A> affine(input, mean, var, weight, bias, eps);
+    T* const written = activation == nullptr ? nullptr : mutable_data<T>(*activation);
+    const auto task = PREACT_SELECT(batch_norm_relu_backward_reduce_task, T);
+    torch::stable::parallel_for(0, chunks.tasks(map), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        task(data<T>(grad_output), data<T>(input), written, map, chunks, affine.mean.data(),
+             affine.scale.data(), affine.bias.data(), i, sums.first.data(), sums.second.data());
+      }
+    });
+    for (int64_t c = 0; c < map.channels; ++c) {
+      for (int64_t chunk = 1; chunk < chunks.count; ++chunk) {
+        sums.first[c] += sums.first[chunk * map.channels + c];
+        sums.second[c] += sums.second[chunk * map.channels + c];
+      }
+      mutable_data<A>(grad_bias)[c] = static_cast<A>(sums.first[c]);
+      mutable_data<A>(grad_weight)[c] = static_cast<A>(sums.second[c] * affine.invstd[c]);
+    }
+  });
+  return {grad_weight, grad_bias};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> batch_norm_relu_backward_reduce(
+    const Tensor& grad_output, const Tensor& input, const Tensor& mean, const Tensor& var,
+    const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
+  return reduce(grad_output, input, mean, var, weight, bias, eps, nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_backward_reduce_recompute(
+    const Tensor& grad_output, const Tensor& input, const Tensor& mean, const Tensor& var,
+    const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
+  Tensor activation = empty_like(input, memory_format_of(input));
+  auto [grad_weight, grad_bias] =
+      reduce(grad_output, input, mean, var, weight, bias, eps, &activation);
+  return {grad_weight, grad_bias, activation};
+}
+
+}  // namespace preact::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(preact, CPU, m) {
+  m.impl("batch_norm_relu_backward_reduce",
+         TORCH_BOX(&preact::cpu::batch_norm_relu_backward_reduce));
+  m.impl("batch_norm_relu_backward_reduce_recompute",
+         TORCH_BOX(&preact::cpu::batch_norm_relu_backward_reduce_recompute));
+}

@@ -1,0 +1,31 @@
+#define PREACT_KERNELS "cpu/batch_norm_stats_kernel.h"
+#include "cpu/foreach_capability.h"
+#include "cpu/host.h"
+
+namespace preact::cpu {
+
+// Mean and biased variance of each channel: [N, C, ...] -> [C], [C].
+std::tuple<Tensor, Tensor> batch_norm_stats(const Tensor& input_) {
+  const MemoryFormat format = memory_format_of(input_);
+  const Tensor input = dense(input_, format);
+  const FeatureMap map = feature_map(input, format);
+  const Chunks chunks = Chunks::of(map);
+  Tensor mean = empty_vector(input), var = empty_vector(input);
+  Partials partials(map, chunks);
+  dispatch(input.scalar_type(), [&]<typename T>() {
+    const auto task = PREACT_SELECT(batch_norm_stats_task, T);
+    torch::stable::parallel_for(0, chunks.tasks(map), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        task(data<T>(input), map, chunks, i, partials.first.data(), partials.second.data());
+      }
+    });
+    write_statistics<accumulate_t<T>>(partials, map, chunks, mean, var);
+  });
+  return {mean, var};
+}
+
+}  // namespace preact::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(preact, CPU, m) {
+  m.impl("batch_norm_stats", TORCH_BOX(&preact::cpu::batch_norm_stats));
+}

@@ -1,0 +1,56 @@
+// Includes the file named by PREACT_KERNELS once per instruction set, each time in a namespace of
+// its own and with that set enabled, so that one source gives one binary for every processor.
+// Lambdas do not inherit the enabled set: kernels use structs.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#include "common/feature_map.h"
+#include "common/moments.h"
+#include "cpu/capability.h"
+#include "cpu/element.h"
+
+#if PREACT_X86
+#include <immintrin.h>
+
+#if defined(__clang__)
+#define PREACT_BEGIN(set) \
+  _Pragma(PREACT_STRING(clang attribute push(__attribute__((target(set))), apply_to = function)))
+#define PREACT_END _Pragma("clang attribute pop")
+#else
+#define PREACT_BEGIN(set) _Pragma("GCC push_options") _Pragma(PREACT_STRING(GCC target(set)))
+#define PREACT_END _Pragma("GCC pop_options")
+#endif
+#define PREACT_STRING(...) #__VA_ARGS__
+
+PREACT_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")
+#define PREACT_VECTOR_BYTES 64
+namespace preact::avx512 {
+#include "cpu/vec.h"
+#include "cpu/sweep.h"
+#include PREACT_KERNELS
+}
+#undef PREACT_VECTOR_BYTES
+PREACT_END
+
+PREACT_BEGIN("avx2,fma,f16c")
+#define PREACT_VECTOR_BYTES 32
+namespace preact::avx2 {
+#include "cpu/vec.h"
+#include "cpu/sweep.h"
+#include PREACT_KERNELS
+}
+#undef PREACT_VECTOR_BYTES
+PREACT_END
+#endif
+
+#define PREACT_VECTOR_BYTES 16
+namespace preact::baseline {
+#include "cpu/vec.h"
+#include "cpu/sweep.h"
+#include PREACT_KERNELS
+}
+#undef PREACT_VECTOR_BYTES

@@ -1,0 +1,100 @@
+// What every CPU op does around its kernel.
+#pragma once
+
+#include <vector>
+
+#include "common/moments.h"
+#include "common/tensors.h"
+#include "cpu/capability.h"
+#include "cpu/element.h"
+
+namespace preact::cpu {
+
+// Calls `function.template operator()<T>()` with the element type of `type`.
+template <typename Function>
+void dispatch(ScalarType type, const Function& function) {
+  switch (type) {
+    case ScalarType::Float: return function.template operator()<float>();
+    case ScalarType::Double: return function.template operator()<double>();
+    case ScalarType::BFloat16: return function.template operator()<BFloat16>();
+    case ScalarType::Half: return function.template operator()<Half>();
+    default: STD_TORCH_CHECK(false, "input must be float32, float64, bfloat16 or float16");
+  }
+}
+
+template <typename T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+template <typename T>
+T* mutable_data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// Runs function(begin, end) over rows (channels_last) or planes on PyTorch's threads.
+template <typename Function>
+void parallel_over_map(const FeatureMap& map, const Function& function) {
+  constexpr int64_t kGrainElements = 16384;
+  const int64_t length = map.channels_last ? map.count() : map.batch * map.channels;
+  const int64_t width = map.channels_last ? map.channels : map.spatial;
+  torch::stable::parallel_for(0, length, std::max<int64_t>(kGrainElements / width, 1), function);
+}
+
+// weight * invstd, the mean and the bias of each channel, with absent parameters filled in.
+template <typename A>
+struct Affine {
+  std::vector<A> mean, invstd, scale, bias;
+
+  Affine(const Tensor& input, const Tensor& mean_, const Tensor& var_,
+         const OptionalTensor& weight_, const OptionalTensor& bias_, double eps) {
+    const int64_t channels = input.size(1);
+    const auto copy = [&](const Tensor& vector, const char* name) {
+      const Tensor same = channel_vector(vector, input, name);
+      return std::vector<A>(data<A>(same), data<A>(same) + channels);
+    };
+    mean = copy(mean_, "mean");
+    invstd = copy(var_, "var");
+    scale = weight_ ? copy(*weight_, "weight") : std::vector<A>(channels, A(1));
+    bias = bias_ ? copy(*bias_, "bias") : std::vector<A>(channels, A(0));
+    for (int64_t c = 0; c < channels; ++c) {
+      invstd[c] = static_cast<A>(1.0 / std::sqrt(static_cast<double>(invstd[c]) + eps));
+      scale[c] *= invstd[c];
+    }
+  }
+};
+
+// Per-task partial results: two doubles for each of a task's channels.
+struct Partials {
+  std::vector<double> first, second;
+
+  Partials(const FeatureMap& map, const Chunks& chunks)
+      : first(chunks.count * map.channels), second(chunks.count * map.channels) {}
+};
+
+// Joins the chunks' moments, in chunk order, into mean and biased variance vectors.
+template <typename A>
+void write_statistics(Partials& partials, const FeatureMap& map, const Chunks& chunks,
+                      const Tensor& mean, const Tensor& var) {
+  const int64_t per_item = map.channels_last ? 1 : map.spatial;
+  const int64_t channels = map.channels;
+  double count = 0;
+  for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+    const int64_t task = map.channels_last ? chunk : chunk * channels;
+    const auto added =
+        static_cast<double>((chunks.end(map, task) - chunks.begin(map, task)) * per_item);
+    if (chunk > 0) {
+      const MomentsMerge join(count, added);
+      for (int64_t c = 0; c < channels; ++c) {
+        join(partials.first[c], partials.second[c], partials.first[chunk * channels + c],
+             partials.second[chunk * channels + c]);
+      }
+    }
+    count += added;
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    mutable_data<A>(mean)[c] = static_cast<A>(partials.first[c]);
+    mutable_data<A>(var)[c] = static_cast<A>(partials.second[c] / count);
+  }
+}
+
+}  // namespace preact::cpu

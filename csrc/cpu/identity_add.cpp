@@ -1,0 +1,34 @@
+#define PREACT_KERNELS "cpu/identity_add_kernel.h"
+#include "cpu/foreach_capability.h"
+#include "cpu/host.h"
+
+namespace preact::cpu {
+
+// input + other, and the mean and biased variance of the rounded sum.
+std::tuple<Tensor, Tensor, Tensor> identity_add(const Tensor& input_, const Tensor& other_) {
+  check_like(other_, input_, "other");
+  const MemoryFormat format = memory_format_of(input_);
+  const Tensor input = dense(input_, format), other = dense(other_, format);
+  const FeatureMap map = feature_map(input, format);
+  const Chunks chunks = Chunks::of(map);
+  Tensor output = empty_like(input, format);
+  Tensor mean = empty_vector(input), var = empty_vector(input);
+  Partials partials(map, chunks);
+  dispatch(input.scalar_type(), [&]<typename T>() {
+    const auto task = PREACT_SELECT(identity_add_task, T);
+    torch::stable::parallel_for(0, chunks.tasks(map), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        task(data<T>(input), data<T>(other), mutable_data<T>(output), map, chunks, i,
+             partials.first.data(), partials.second.data());
+      }
+    });
+    write_statistics<accumulate_t<T>>(partials, map, chunks, mean, var);
+  });
+  return {output, mean, var};
+}
+
+}  // namespace preact::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(preact, CPU, m) {
+  m.impl("identity_add", TORCH_BOX(&preact::cpu::identity_add));
+}

@@ -1,0 +1,159 @@
+// Vectors and single values under one set of names. Included by foreach_capability.h inside a
+// namespace per instruction set; PREACT_VECTOR_BYTES says which. A vector's loop and the scalar
+// loop over its tail run the same operations, fused where the set fuses, so that an element's
+// result does not depend on which loop it fell into.
+
+#define PREACT_INLINE inline __attribute__((always_inline))
+
+using FloatVector = float __attribute__((vector_size(PREACT_VECTOR_BYTES)));
+using DoubleVector = double __attribute__((vector_size(PREACT_VECTOR_BYTES)));
+using WordVector = uint32_t __attribute__((vector_size(PREACT_VECTOR_BYTES)));
+using HalfwordVector = uint16_t __attribute__((vector_size(PREACT_VECTOR_BYTES / 2)));
+
+PREACT_INLINE double madd(double a, double b, double c) {
+#if PREACT_VECTOR_BYTES >= 32
+  return __builtin_fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+PREACT_INLINE float madd(float a, float b, float c) {
+#if PREACT_VECTOR_BYTES >= 32
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+PREACT_INLINE FloatVector madd(FloatVector a, FloatVector b, FloatVector c) {
+#if PREACT_VECTOR_BYTES == 64
+  return _mm512_fmadd_ps(a, b, c);
+#elif PREACT_VECTOR_BYTES == 32
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+PREACT_INLINE DoubleVector madd(DoubleVector a, DoubleVector b, DoubleVector c) {
+#if PREACT_VECTOR_BYTES == 64
+  return _mm512_fmadd_pd(a, b, c);
+#elif PREACT_VECTOR_BYTES == 32
+  return _mm256_fmadd_pd(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+PREACT_INLINE float bfloat16_to_float(uint16_t bits) {
+  const uint32_t word = static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &word, sizeof value);
+  return value;
+}
+
+// Round to nearest, ties to even; any NaN becomes the quiet NaN PyTorch writes.
+PREACT_INLINE uint16_t float_to_bfloat16(float value) {
+  uint32_t word;
+  std::memcpy(&word, &value, sizeof word);
+  if (value != value) return 0x7fc0;
+  return static_cast<uint16_t>((word + 0x7fffu + ((word >> 16) & 1u)) >> 16);
+}
+
+// How `Lanes` values of accumulation type A are held, and moved from and to memory.
+template <typename A>
+struct Single {
+  using reg = A;
+  static constexpr int lanes = 1;
+
+  static PREACT_INLINE reg broadcast(A value) { return value; }
+  static PREACT_INLINE A sum(reg value) { return value; }
+
+  static PREACT_INLINE reg load(const A* p) { return *p; }
+  static PREACT_INLINE reg load(const BFloat16* p) { return bfloat16_to_float(p->bits); }
+  static PREACT_INLINE reg load(const Half* p) {
+    return torch::headeronly::detail::fp16_ieee_to_fp32_value(p->bits);
+  }
+  static PREACT_INLINE void store(A* p, reg value) { *p = value; }
+  static PREACT_INLINE void store(BFloat16* p, reg value) { p->bits = float_to_bfloat16(value); }
+  static PREACT_INLINE void store(Half* p, reg value) {
+    p->bits = torch::headeronly::detail::fp16_ieee_from_fp32_value(value);
+  }
+};
+
+template <typename A>
+struct Pack {
+  using reg = std::conditional_t<std::is_same_v<A, double>, DoubleVector, FloatVector>;
+  static constexpr int lanes = PREACT_VECTOR_BYTES / static_cast<int>(sizeof(A));
+
+  static PREACT_INLINE reg broadcast(A value) { return reg{} + value; }
+  static PREACT_INLINE A sum(reg value) {
+    A total = value[0];
+    for (int i = 1; i < lanes; ++i) total += value[i];
+    return total;
+  }
+
+  static PREACT_INLINE reg load(const A* p) {
+    reg value;
+    std::memcpy(&value, p, sizeof value);
+    return value;
+  }
+  static PREACT_INLINE reg load(const BFloat16* p) {
+    HalfwordVector bits;
+    std::memcpy(&bits, p, sizeof bits);
+    const WordVector words = __builtin_convertvector(bits, WordVector) << 16;
+    reg value;
+    std::memcpy(&value, &words, sizeof value);
+    return value;
+  }
+  static PREACT_INLINE reg load(const Half* p) {
+#if PREACT_VECTOR_BYTES == 64
+    return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif PREACT_VECTOR_BYTES == 32
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+    reg value;
+    for (int i = 0; i < lanes; ++i) value[i] = Single<A>::load(p + i);
+    return value;
+#endif
+  }
+
+  static PREACT_INLINE void store(A* p, reg value) { std::memcpy(p, &value, sizeof value); }
+  static PREACT_INLINE void store(BFloat16* p, reg value) {
+    WordVector words;
+    std::memcpy(&words, &value, sizeof words);
+    words = (words + 0x7fffu + ((words >> 16) & 1u)) >> 16;
+    const WordVector quiet = WordVector{} + 0x7fc0u;
+    words = value == value ? words : quiet;
+    const HalfwordVector bits = __builtin_convertvector(words, HalfwordVector);
+    std::memcpy(p, &bits, sizeof bits);
+  }
+  static PREACT_INLINE void store(Half* p, reg value) {
+#if PREACT_VECTOR_BYTES == 64
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_maskz_cvtps_ph(0xffff, value, _MM_FROUND_TO_NEAREST_INT));
+#elif PREACT_VECTOR_BYTES == 32
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (int i = 0; i < lanes; ++i) Single<A>::store(p + i, value[i]);
+#endif
+  }
+};
+
+// `value` where z is positive or NaN, zero elsewhere: with value = z, ReLU as PyTorch computes it.
+template <typename R>
+PREACT_INLINE R where_active(R z, R value) {
+  const R zero{};
+  return z <= zero ? zero : value;
+}
+
+// A value as it will be read back after a store in type T.
+template <typename P, typename T>
+PREACT_INLINE typename P::reg rounded(typename P::reg value) {
+  if constexpr (std::is_same_v<T, float> || std::is_same_v<T, double>) {
+    return value;
+  } else {
+    T stored[P::lanes];
+    P::store(stored, value);
+    return P::load(stored);
+  }
+}

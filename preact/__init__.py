@@ -1,0 +1,37 @@
+"""Pre-activation residual networks at full speed: fused BN-ReLU-conv prefixes for PyTorch.
+
+    model = torchvision.models.densenet121()
+    report = preact.fuse_(model)  # in place; same parameters, same state_dict, same results
+    print(report)
+    preact.unfuse_(model)
+
+``import preact`` loads no native library and asks no device; the first fused call does.
+"""
+
+from . import functional, models, ops
+from .backends import use_backend
+from .fuse import FusionReport, fuse_, unfuse_
+from .modules import (
+    BatchNormReLU2d,
+    BatchNormReLUConv2d,
+    IdentityAdd,
+    PreActBasicBlock,
+    PreActBottleneck,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchNormReLU2d",
+    "BatchNormReLUConv2d",
+    "FusionReport",
+    "IdentityAdd",
+    "PreActBasicBlock",
+    "PreActBottleneck",
+    "functional",
+    "fuse_",
+    "models",
+    "ops",
+    "unfuse_",
+    "use_backend",
+]

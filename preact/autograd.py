@@ -1,0 +1,336 @@
+"""Autograd Functions: which tensors are saved for backward, and which op runs when.
+
+Saved are the inputs of the batch norms, per-channel vectors and weights; the activations between
+are computed again in backward, in the same pass that reduces the batch norm's two sums. With
+``save_activation`` they are kept instead. Forwards are functional, no input is written to.
+
+Statistics come in as constants and are differentiated through by formula: with ``batch_stats`` the
+caller promises that ``mean`` and ``var`` are those of ``input`` itself.
+
+A backward that must itself be differentiated (``create_graph=True``) differentiates the eager
+composition of the same forward instead, so gradients of any order are right, at eager's cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .prefix import (
+    Affine,
+    Geometry,
+    Needs,
+    activate,
+    cast_like,
+    convolve,
+    differentiable_backward,
+    eager_prefix,
+    prefix_backward,
+)
+
+UnitSettings = tuple[
+    tuple[float, ...], tuple[bool, ...], tuple[Geometry, ...], "Geometry | None", bool, bool
+]
+"""eps and batch_stats and geometry of each layer, the projection's geometry, save_activation,
+return_statistics."""
+
+
+class BatchNormReLU(torch.autograd.Function):
+    """``relu(batch_norm(input))``; saves ``input`` and vectors, no activation and no mask."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: str,
+        input: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        batch_stats: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(input, mean, var, weight, bias)
+        ctx.settings = (backend, eps, batch_stats)
+        norm = Affine(mean, var, weight, bias, eps, batch_stats)
+        return activate(backends.table(backend), input, norm, input.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        input, mean, var, weight, bias = ctx.saved_tensors
+        backend, eps, batch_stats = ctx.settings
+        norm = Affine(mean, var, weight, bias, eps, batch_stats)
+        if torch.is_grad_enabled():
+            found = differentiable_backward(
+                lambda: eager_prefix(input, norm, []), grad_outputs, [input, weight, bias]
+            )
+            return (None, found[0], None, None, found[1], found[2], None, None)
+        table = backends.table(backend)
+        grad_output = grad_outputs[0]
+        vectors = (input, mean, var, weight, bias)
+        needs_norm = ctx.needs_input_grad[4] or ctx.needs_input_grad[5]
+        grad_weight: Tensor | None = None
+        grad_bias: Tensor | None = None
+        grad_input: Tensor | None = None
+        if needs_norm or batch_stats:
+            grad_weight, grad_bias = table.batch_norm_relu_backward_reduce(
+                grad_output, *vectors, eps
+            )
+        if ctx.needs_input_grad[1]:
+            sums = (grad_weight, grad_bias) if batch_stats else (None, None)
+            grad_input = table.batch_norm_relu_backward_apply(
+                grad_output, *vectors, *sums, None, eps
+            )
+        return (
+            None, grad_input, None, None, cast_like(grad_weight, weight) if weight is not None else None,
+            cast_like(grad_bias, bias) if bias is not None else None, None, None,
+        )  # fmt: skip
+
+
+class BatchNormReLUConv2d(torch.autograd.Function):
+    """One shared BN-ReLU feeding one or several convolutions, a residual added to the first.
+
+    Returns the convolutions' results, then the mean and variance of the first (after the residual)
+    where ``return_statistics``. ``conv_parameters`` are weight and bias (or None) of each in turn.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: str,
+        input: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        eps: float,
+        batch_stats: bool,
+        save_activation: bool,
+        return_statistics: bool,
+        geometries: tuple[Geometry, ...],
+        *conv_parameters: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        table = backends.table(backend)
+        norm = Affine(mean, var, weight, bias, eps, batch_stats)
+        weights = conv_parameters[::2]
+        assert weights[0] is not None
+        activation = activate(table, input, norm, weights[0].dtype)
+        outputs = []
+        for index, geometry in enumerate(geometries):
+            conv_weight, conv_bias = conv_parameters[2 * index : 2 * index + 2]
+            assert conv_weight is not None
+            outputs.append(convolve(activation, conv_weight, conv_bias, geometry))
+        statistics: tuple[Tensor, ...] = ()
+        if return_statistics:
+            if residual is not None:
+                outputs[0], *found = table.identity_add(outputs[0], residual)
+                statistics = tuple(found)
+            else:
+                statistics = table.batch_norm_stats(outputs[0])
+            ctx.mark_non_differentiable(*statistics)
+        elif residual is not None:
+            outputs[0] = outputs[0] + residual
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(
+            input, mean, var, weight, bias, activation if save_activation else None,
+            *conv_parameters,
+        )  # fmt: skip
+        ctx.settings = (backend, eps, batch_stats, geometries)
+        return (*outputs, *statistics)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        input, mean, var, weight, bias, activation, *conv_parameters = ctx.saved_tensors
+        backend, eps, batch_stats, geometries = ctx.settings
+        norm = Affine(mean, var, weight, bias, eps, batch_stats)
+        grads = grad_outputs[: len(geometries)]
+        needs = ctx.needs_input_grad
+        grad_residual = grads[0] if needs[6] else None
+        if torch.is_grad_enabled():
+            triples = [
+                (conv_parameters[2 * i], conv_parameters[2 * i + 1], geometry)
+                for i, geometry in enumerate(geometries)
+            ]
+            found = differentiable_backward(
+                lambda: eager_prefix(input, norm, triples),
+                grads,
+                [input, weight, bias, *conv_parameters],
+            )
+            return (
+                None, found[0], None, None, found[1], found[2], grad_residual,
+                None, None, None, None, None, *found[3:],
+            )  # fmt: skip
+        conv_needs = [(needs[12 + 2 * i], needs[13 + 2 * i]) for i in range(len(geometries))]
+        found = prefix_backward(
+            backends.table(backend),
+            input,
+            norm,
+            conv_parameters[::2],
+            geometries,
+            grads,
+            activation,
+            None,
+            Needs(needs[1], needs[4] or needs[5], conv_needs),
+        )
+        return (
+            None, found.input, None, None, cast_like(found.weight, weight) if needs[4] else None,
+            cast_like(found.bias, bias) if needs[5] else None, grad_residual,
+            None, None, None, None, None, *(grad for pair in found.convs for grad in pair),
+        )  # fmt: skip
+
+
+class ResidualUnit(torch.autograd.Function):
+    """A full pre-activation unit: BN-ReLU-conv several times, then the shortcut's addition.
+
+    The shortcut is ``input`` itself, or the convolution ``projection`` of the first activation.
+    ``parameters`` holds six tensors a layer (norm weight, norm bias, mean, var, conv weight, conv
+    bias), with mean and var None where the layer takes its own input's statistics, and then the
+    projection's weight and bias if it has one. Returns the sum, its mean and variance where
+    ``return_statistics``, then mean and variance of each layer that took its own.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, backend: str, input: Tensor, settings: UnitSettings, *parameters: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        table = backends.table(backend)
+        eps, batch_stats, geometries, projection, save_activation, return_statistics = settings
+        saved: list[Tensor | None] = []
+        inner: list[Tensor] = []
+        x, shortcut = input, input
+        for index, geometry in enumerate(geometries):
+            weight, bias, mean, var, conv_weight, conv_bias = parameters[6 * index : 6 * index + 6]
+            if mean is None or var is None:
+                mean, var = table.batch_norm_stats(x)
+                inner += [mean, var]
+            assert conv_weight is not None
+            norm = Affine(mean, var, weight, bias, eps[index], batch_stats[index])
+            activation = activate(table, x, norm, conv_weight.dtype)
+            if index == 0 and projection is not None:
+                projection_weight, projection_bias = parameters[-2:]
+                assert projection_weight is not None
+                shortcut = convolve(activation, projection_weight, projection_bias, projection)
+            saved += [x, mean, var, activation if save_activation else None]
+            x = convolve(activation, conv_weight, conv_bias, geometry)
+        statistics: tuple[Tensor, ...] = ()
+        if return_statistics:
+            output, *found = table.identity_add(x, shortcut)
+            statistics = tuple(found)
+        else:
+            output = x + shortcut
+        ctx.mark_non_differentiable(*statistics, *inner)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*saved, *parameters)
+        ctx.settings = (backend, settings)
+        return (output, *statistics, *inner)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        backend, settings = ctx.settings
+        eps, batch_stats, geometries, projection, _, _ = settings
+        layers = len(geometries)
+        saved = ctx.saved_tensors
+        parameters = saved[4 * layers :]
+        grad_output = grad_outputs[0]
+        needs = ctx.needs_input_grad[3:]
+        if grad_output is None:
+            return (None,) * (3 + len(parameters))
+        if torch.is_grad_enabled():
+            input = saved[0]
+            found = differentiable_backward(
+                lambda: [_eager_unit(input, settings, saved[1:3], parameters)],
+                [grad_output],
+                [input, *parameters],
+            )
+            return (None, found[0], None, *found[1:])
+
+        table = backends.table(backend)
+        gradients: list[Tensor | None] = [None] * len(parameters)
+        grad: Tensor | None = grad_output
+        for index in reversed(range(layers)):
+            x, mean, var, activation = saved[4 * index : 4 * index + 4]
+            first = 6 * index
+            weight, bias, _, _, conv_weight, _ = parameters[first : first + 6]
+            weights, used, grads = [conv_weight], [geometries[index]], [grad]
+            conv_needs = [(needs[first + 4], needs[first + 5])]
+            grad_skip: Tensor | None = None
+            if index == 0 and projection is not None:
+                weights.append(parameters[-2])
+                used.append(projection)
+                grads.append(grad_output)
+                conv_needs.append((needs[-2], needs[-1]))
+            elif index == 0:
+                grad_skip = grad_output
+            needs_input = ctx.needs_input_grad[1] or any(needs[:first])
+            if index > 0 and projection is not None:
+                needs_input = needs_input or needs[-2] or needs[-1]
+            result = prefix_backward(
+                table,
+                x,
+                Affine(mean, var, weight, bias, eps[index], batch_stats[index]),
+                weights,
+                used,
+                grads,
+                activation,
+                grad_skip,
+                Needs(needs_input, needs[first] or needs[first + 1], conv_needs),
+            )
+            grad = result.input
+            if needs[first]:
+                gradients[first] = cast_like(result.weight, weight)
+            if needs[first + 1]:
+                gradients[first + 1] = cast_like(result.bias, bias)
+            gradients[first + 4], gradients[first + 5] = result.convs[0]
+            if len(result.convs) == 2:
+                gradients[-2], gradients[-1] = result.convs[1]
+            if not needs_input:
+                break
+        return (None, grad if ctx.needs_input_grad[1] else None, None, *gradients)
+
+
+def _eager_unit(
+    input: Tensor,
+    settings: UnitSettings,
+    statistics: Sequence[Tensor],
+    parameters: Sequence[Tensor | None],
+) -> Tensor:
+    """The unit in operations autograd differentiates any number of times."""
+    eps, batch_stats, geometries, projection, _, _ = settings
+    x, shortcut = input, input
+    for index, geometry in enumerate(geometries):
+        weight, bias, mean, var, conv_weight, conv_bias = parameters[6 * index : 6 * index + 6]
+        if mean is None or var is None:
+            mean, var = statistics
+        assert conv_weight is not None
+        convs = [(conv_weight, conv_bias, geometry)]
+        if index == 0 and projection is not None:
+            assert parameters[-2] is not None
+            convs.append((parameters[-2], parameters[-1], projection))
+        norm = Affine(mean, var, weight, bias, eps[index], batch_stats[index])
+        x, *projected = eager_prefix(x, norm, convs)
+        shortcut = projected[0] if projected else shortcut
+    return x + shortcut
+
+
+class IdentityAdd(torch.autograd.Function):
+    """``input + other`` with the mean and variance of the sum; saves nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, backend: str, input: Tensor, other: Tensor) -> tuple[Tensor, ...]:
+        output, mean, var = backends.table(backend).identity_add(input, other)
+        ctx.mark_non_differentiable(mean, var)
+        return output, mean, var
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grad_outputs[0]
+        return (
+            None,
+            grad if ctx.needs_input_grad[1] else None,
+            grad if ctx.needs_input_grad[2] else None,
+        )

@@ -1,0 +1,102 @@
+"""Which implementation runs, and why.
+
+Three backends share one set of op names: ``reference`` (eager PyTorch itself), ``cpp`` (the native
+extension: C++ on the CPU, CUDA on GPUs) and ``triton``. The automatic choice takes a fused backend
+where it can run and eager PyTorch elsewhere; ``use_backend`` and ``PREACT_BACKEND`` override it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from . import cpp
+
+NAMES = ("reference", "cpp", "triton")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+_log = logging.getLogger("preact")
+_forced: str | None = None
+_reported: set[str] = set()
+
+
+def _forced_by_environment() -> str | None:
+    name = os.environ.get("PREACT_BACKEND", "").strip()
+    if name in ("", "auto"):
+        return None
+    if name not in NAMES:
+        raise ValueError(f"PREACT_BACKEND must be one of {', '.join(NAMES)} or auto, got {name!r}")
+    return name
+
+
+def _why_not(name: str, device_type: str) -> str:
+    """Empty where the backend can run on the device, else the reason why not."""
+    if name == "reference":
+        return ""
+    if name == "cpp":
+        return cpp.why_not(device_type)
+    if name == "triton":
+        return "preact holds no Triton kernels yet"
+    raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {name!r}")
+
+
+def available(device_type: str = "cpu") -> dict[str, str]:
+    """Each backend's name with the reason why it cannot run on the device, empty where it can."""
+    return {name: _why_not(name, device_type) for name in NAMES}
+
+
+def cpu_capability() -> str:
+    """Instruction set of the CPU kernels: "AVX512", "AVX2", "baseline", or "" without them."""
+    return cpp.cpu_capability()
+
+
+def table(name: str) -> Any:
+    """The ops of a fused backend, as attributes under the names of ``preact.ops.SCHEMAS``."""
+    if name == "cpp":
+        return torch.ops.preact
+    raise ValueError(f"backend {name!r} has no table of ops")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run everything inside the block on one backend, whatever the device's automatic choice.
+
+    The setting is the process's, not the thread's. A call whose device the backend cannot serve
+    raises ``RuntimeError`` with the reason; an unknown name raises ``ValueError`` at once.
+    """
+    global _forced
+    if name not in NAMES:
+        raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {name!r}")
+    before = _forced
+    _forced = name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@torch.compiler.assume_constant_result
+def _choose(forced: str | None, device_type: str) -> str:
+    wanted = forced or _forced_by_environment()
+    if wanted is not None:
+        reason = _why_not(wanted, device_type)
+        if reason:
+            raise RuntimeError(f"backend {wanted!r} cannot run on {device_type}: {reason}")
+        return wanted
+    reason = cpp.why_not(device_type)
+    if not reason:
+        return "cpp"
+    if device_type not in _reported:
+        _reported.add(device_type)
+        _log.info("running eager PyTorch on %s: %s", device_type, reason)
+    return "reference"
+
+
+def choose(device_type: str) -> str:
+    """The backend for tensors on a device; raises ``RuntimeError`` where a forced one cannot run."""
+    return _choose(_forced, device_type)

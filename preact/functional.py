@@ -1,0 +1,369 @@
+"""Stateless functions: the contract on shapes, types and layouts, and the way to a backend.
+
+Arguments stand in the order and under the names of ``torch.nn.functional.batch_norm`` and
+``conv2d``. Everything a fused backend does not take (other ranks or types, empty batches, results
+of ``torch.func`` transforms, residuals that broadcast) runs as eager PyTorch, with eager's result.
+Invalid arguments raise what eager raises, before any running statistic is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import autograd, backends, checks
+from .prefix import Geometry
+
+Statistics = tuple[Tensor, Tensor]
+"""``(mean, var)`` of one feature map: biased variance, float32 (float64 for float64), ``[C]``."""
+
+
+class Norm(NamedTuple):
+    """Arguments of one batch norm, as in ``torch.nn.functional.batch_norm``; tensors ``[C]``."""
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    training: bool = False
+    momentum: float = 0.1
+    eps: float = 1e-5
+
+
+class Conv(NamedTuple):
+    """Arguments of one convolution, as in ``torch.nn.functional.conv2d``."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    stride: int | tuple[int, ...] = 1
+    padding: int | tuple[int, ...] | str = 0
+    dilation: int | tuple[int, ...] = 1
+    groups: int = 1
+
+
+def _pair(value: int | Sequence[int]) -> tuple[int, ...]:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _geometry(conv: Conv) -> Geometry | None:
+    """The convolution's numbers; None where only ``conv2d`` itself can take them."""
+    stride, dilation = _pair(conv.stride), _pair(conv.dilation)
+    if not isinstance(conv.padding, str):
+        return stride, _pair(conv.padding), dilation, conv.groups
+    if conv.padding == "valid":
+        return stride, (0, 0), dilation, conv.groups
+    totals = [d * (k - 1) for d, k in zip(dilation, conv.weight.shape[2:], strict=True)]
+    if conv.padding != "same" or any(total % 2 for total in totals):
+        return None
+    return stride, tuple(total // 2 for total in totals), dilation, conv.groups
+
+
+def _parameters(conv: Conv) -> tuple[Tensor, Tensor | None]:
+    dtype = checks.compute_type(conv.weight)
+    bias = None if conv.bias is None else conv.bias.to(dtype)
+    return conv.weight.to(dtype), bias
+
+
+def _transformed() -> bool:
+    """Whether a ``torch.func`` transform is active: the Functions do not take part in those."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def _backend(input: Tensor, norms: Sequence[Norm]) -> str:
+    """The backend for a call: "reference" wherever a fused one could not give eager's result."""
+    chosen = backends.choose(input.device.type)
+    fusible = (
+        input.dim() == 4
+        and input.dtype in backends.DTYPES
+        and input.layout is torch.strided
+        and input.numel() > 0
+        and all(
+            vector is None or vector.is_floating_point() for norm in norms for vector in norm[:4]
+        )
+        and not _transformed()
+    )
+    return chosen if fusible else "reference"
+
+
+def _statistics(input: Tensor, norm: Norm, statistics: Statistics | None) -> Statistics:
+    if not norm.training:
+        assert norm.running_mean is not None and norm.running_var is not None
+        return norm.running_mean, norm.running_var
+    if statistics is not None:
+        return statistics
+    mean, var = torch.ops.preact.batch_norm_stats(input.detach())
+    return mean, var
+
+
+@torch.no_grad()
+def _update_running(norm: Norm, statistics: Sequence[Tensor], count: int) -> None:
+    """``running = (1 - momentum) * running + momentum * batch``, variance with n / (n - 1)."""
+    if norm.running_mean is None or norm.running_var is None:
+        return
+    mean, var = statistics
+    running_mean, running_var = norm.running_mean, norm.running_var
+    unbiased = var * (count / (count - 1))
+    running_mean.lerp_(mean.to(running_mean.dtype), norm.momentum)
+    running_var.lerp_(unbiased.to(running_var.dtype), norm.momentum)
+
+
+def _count(input: Tensor) -> int:
+    """Values per channel."""
+    return input.numel() // input.size(1)
+
+
+def _eager_norm(input: Tensor, norm: Norm) -> Tensor:
+    return F.relu(F.batch_norm(input, *norm))
+
+
+def batch_norm_relu(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    statistics: Statistics | None = None,
+) -> Tensor:
+    """``relu(batch_norm(input))`` in one pass over memory, two with its own statistics.
+
+    ``input`` is ``[N, C, H, W]`` in float32, float64, bfloat16 or float16, contiguous or
+    channels_last; the result has its type and layout. In training the running statistics are
+    updated in place. ``statistics`` are the mean and biased variance of ``input``, where another
+    function already returned them.
+
+    Raises ``ValueError`` for one value per channel in training and for a non-positive ``eps``,
+    ``RuntimeError`` for a vector of the wrong length, type or device, and for running statistics
+    that are absent in evaluation: what ``torch.nn.functional.batch_norm`` raises.
+    """
+    norm = Norm(running_mean, running_var, weight, bias, training, momentum, eps)
+    checks.check_norm(input, norm)
+    backend = _backend(input, [norm])
+    if backend == "reference":
+        return _eager_norm(input, norm)
+    checks.check_statistics(input, statistics)
+    mean, var = _statistics(input, norm, statistics)
+    output = autograd.BatchNormReLU.apply(backend, input, mean, var, weight, bias, eps, training)
+    if training:
+        _update_running(norm, (mean, var), _count(input))
+    return output
+
+
+def batch_norm_relu_convs2d(
+    input: Tensor,
+    norm: Norm,
+    convs: Sequence[Conv],
+    *,
+    residual: Tensor | None = None,
+    statistics: Statistics | None = None,
+    return_statistics: bool = False,
+    save_activation: bool = False,
+) -> tuple[tuple[Tensor, ...], Statistics | None]:
+    """One BN-ReLU of ``input`` feeding every convolution in ``convs``.
+
+    Returns the results, ``residual`` added to the first, and the statistics of that first one with
+    ``return_statistics`` (None without, or where eager PyTorch ran).
+    """
+    checks.check_norm(input, norm)
+    checks.check_statistics(input, statistics)
+    for conv in convs:
+        checks.check_conv(input, conv)
+    backend = _backend(input, [norm])
+    geometries = [_geometry(conv) for conv in convs]
+    if residual is not None and geometries[0] is not None:
+        checks.check_residual(residual, _output_shape(input.shape, convs[0], geometries[0]))
+    if backend == "reference" or None in geometries:
+        activation = _eager_norm(input, norm)
+        outputs = [F.conv2d(activation, *conv) for conv in convs]
+        if residual is not None:
+            outputs[0] = outputs[0] + residual
+        return tuple(outputs), None
+    mean, var = _statistics(input, norm, statistics)
+    fused = residual is not None and checks.same_kind(
+        residual,
+        _output_shape(input.shape, convs[0], geometries[0]),
+        checks.compute_type(convs[0].weight),
+    )
+    found = autograd.BatchNormReLUConv2d.apply(
+        backend, input, mean, var, norm.weight, norm.bias, residual if fused else None,
+        norm.eps, norm.training, save_activation, return_statistics and (fused or residual is None),
+        tuple(geometries), *(tensor for conv in convs for tensor in _parameters(conv)),
+    )  # fmt: skip
+    outputs = list(found[: len(convs)])
+    if residual is not None and not fused:
+        outputs[0] = outputs[0] + residual
+    if norm.training:
+        _update_running(norm, (mean, var), _count(input))
+    return tuple(outputs), (found[-2], found[-1]) if len(found) > len(convs) else None
+
+
+def _output_shape(shape: Sequence[int], conv: Conv, geometry: Geometry | None) -> tuple[int, ...]:
+    assert geometry is not None
+    stride, padding, dilation, _ = geometry
+    spatial = [
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, k, s, p, d in zip(
+            shape[2:], conv.weight.shape[2:], stride, padding, dilation, strict=True
+        )
+    ]
+    return (shape[0], conv.weight.size(0), *spatial)
+
+
+def batch_norm_relu_conv2d(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] | str = 0,
+    dilation: int | tuple[int, ...] = 1,
+    groups: int = 1,
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    statistics: Statistics | None = None,
+    return_statistics: bool = False,
+    save_activation: bool = False,
+) -> Tensor | tuple[Tensor, Statistics | None]:
+    """``conv2d(relu(batch_norm(input))) + residual``; see ``batch_norm_relu`` and ``conv2d``.
+
+    Only ``input`` ``[N, C, H, W]``, vectors and weights are saved for backward: the activation is
+    computed again, unless ``save_activation``. With ``return_statistics`` the result comes with its
+    own ``Statistics`` for the next batch norm (None where eager PyTorch ran).
+
+    Raises what ``torch.nn.functional.batch_norm`` and ``conv2d`` raise.
+    """
+    norm = Norm(running_mean, running_var, weight, bias, training, momentum, eps)
+    conv = Conv(conv_weight, conv_bias, stride, padding, dilation, groups)
+    outputs, found = batch_norm_relu_convs2d(
+        input, norm, [conv], residual=residual, statistics=statistics,
+        return_statistics=return_statistics, save_activation=save_activation,
+    )  # fmt: skip
+    return (outputs[0], found) if return_statistics else outputs[0]
+
+
+def identity_add(
+    input: Tensor, other: Tensor, *, return_statistics: bool = False
+) -> Tensor | tuple[Tensor, Statistics | None]:
+    """``input + other``, the shortcut's addition (He et al. 2016, equation 1 with f the identity).
+
+    With ``return_statistics``, one pass also yields the ``Statistics`` of the sum that the next
+    unit's batch norm needs (None where eager PyTorch ran). Raises what ``+`` raises.
+    """
+    if not return_statistics:
+        return input + other
+    fusible = (
+        _backend(input, []) != "reference"
+        and input.dim() == 4
+        and checks.same_kind(other, input.shape, input.dtype)
+        and other.device == input.device
+    )
+    if not fusible:
+        return input + other, None
+    backend = backends.choose(input.device.type)
+    output, mean, var = autograd.IdentityAdd.apply(backend, input, other)
+    return output, (mean, var)
+
+
+def residual_unit(
+    input: Tensor,
+    layers: Sequence[tuple[Norm, Conv]],
+    projection: Conv | None = None,
+    *,
+    statistics: Statistics | None = None,
+    return_statistics: bool = False,
+    save_activation: bool = False,
+) -> tuple[Tensor, Statistics | None]:
+    """A full pre-activation residual unit (He et al. 2016, figure 4e).
+
+    ``input`` ``[N, C, H, W]`` runs through BN-ReLU-conv for each of ``layers``; added to that is
+    ``input`` itself, or ``projection`` of the first activation where the unit changes dimensions.
+    In backward the shortcut's gradient joins the first batch norm's own pass. Returns the sum and,
+    with ``return_statistics``, its ``Statistics`` (None without, or where eager PyTorch ran).
+    """
+    checks.check_norm(input, layers[0][0])
+    checks.check_statistics(input, statistics)
+    if projection is not None:
+        checks.check_conv(input, projection)
+    backend = _backend(input, [norm for norm, _ in layers])
+    convs = [conv for _, conv in layers] + ([] if projection is None else [projection])
+    geometries = [_geometry(conv) for conv in convs]
+    shapes = _layer_shapes(input, layers, geometries)
+    types = {checks.compute_type(conv.weight) for conv in convs} | {input.dtype}
+    if backend == "reference" or None in geometries or len(types) > 1:
+        return _unit_of_prefixes(input, layers, projection, statistics, save_activation), None
+
+    shortcut = tuple(input.shape)
+    if projection is not None:
+        shortcut = _output_shape(input.shape, projection, geometries[-1])
+    if shortcut != shapes[-1]:
+        return _unit_of_prefixes(input, layers, projection, statistics, save_activation), None
+
+    parameters: list[Tensor | None] = []
+    for index, (norm, conv) in enumerate(layers):
+        known: Statistics | tuple[None, None] = (None, None)
+        if index == 0 or not norm.training:
+            known = _statistics(input, norm, statistics)
+        parameters += [norm.weight, norm.bias, *known, *_parameters(conv)]
+    if projection is not None:
+        parameters += _parameters(projection)
+    settings = (
+        tuple(norm.eps for norm, _ in layers),
+        tuple(norm.training for norm, _ in layers),
+        tuple(geometries[: len(layers)]),
+        geometries[-1] if projection is not None else None,
+        save_activation,
+        return_statistics,
+    )
+    output, *found = autograd.ResidualUnit.apply(backend, input, settings, *parameters)
+    handed_on = (found.pop(0), found.pop(0)) if return_statistics else None
+    for index, (norm, _) in enumerate(layers):
+        if norm.training:
+            own = parameters[2:4] if index == 0 else [found.pop(0), found.pop(0)]
+            batch, _, height, width = shapes[index]
+            _update_running(norm, own, batch * height * width)
+    return output, handed_on
+
+
+def _layer_shapes(
+    input: Tensor, layers: Sequence[tuple[Norm, Conv]], geometries: Sequence[Geometry | None]
+) -> list[tuple[int, ...]]:
+    """Shape of each layer's input and of the last one's result, every layer checked on the way."""
+    shapes = [tuple(input.shape)]
+    for (norm, conv), geometry in zip(layers, geometries, strict=False):
+        checks.check_layer(shapes[-1], input, norm, conv)
+        if geometry is None:
+            break
+        shapes.append(_output_shape(shapes[-1], conv, geometry))
+    return shapes
+
+
+def _unit_of_prefixes(
+    input: Tensor,
+    layers: Sequence[tuple[Norm, Conv]],
+    projection: Conv | None,
+    statistics: Statistics | None,
+    save_activation: bool,
+) -> Tensor:
+    """The unit layer by layer, for everything one fused unit does not take."""
+    x, shortcut = input, input
+    for index, (norm, conv) in enumerate(layers):
+        convs = [conv] if index or projection is None else [conv, projection]
+        (x, *projected), _ = batch_norm_relu_convs2d(
+            x, norm, convs, statistics=statistics, save_activation=save_activation
+        )
+        shortcut = projected[0] if projected else shortcut
+        statistics = None
+    return x + shortcut

@@ -1,0 +1,252 @@
+"""Drop-in modules over ``preact.functional``, and the same for existing torch.nn modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from . import functional
+from .functional import Conv, Norm, Statistics
+
+Layer = tuple[nn.BatchNorm2d, nn.Conv2d]
+
+
+def _norm_of(bn: nn.BatchNorm2d, input: Tensor | None = None) -> Norm:
+    """What ``bn`` would pass to ``batch_norm`` now, before it counts the batch."""
+    if input is not None:
+        bn._check_input_dim(input)
+    momentum = bn.momentum
+    if momentum is None:
+        momentum = 0.0
+        if bn.training and bn.num_batches_tracked is not None:
+            momentum = 1.0 / (float(bn.num_batches_tracked) + 1.0)
+    tracked = not bn.training or bn.track_running_stats
+    return Norm(
+        bn.running_mean if tracked else None,
+        bn.running_var if tracked else None,
+        bn.weight,
+        bn.bias,
+        bn.training or (bn.running_mean is None and bn.running_var is None),
+        momentum,
+        bn.eps,
+    )
+
+
+def _conv_of(conv: nn.Conv2d) -> Conv:
+    return Conv(
+        conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
+    )  # fmt: skip
+
+
+def _count_batch(*norms: nn.BatchNorm2d) -> None:
+    """In place, as CUDA graphs need; after the forward, so that one that raises counts nothing."""
+    for bn in norms:
+        if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
+            bn.num_batches_tracked.add_(1)
+
+
+def fused_batch_norm_relu(
+    bn: nn.BatchNorm2d, input: Tensor, statistics: Statistics | None = None
+) -> Tensor:
+    """``relu(bn(input))``."""
+    output = functional.batch_norm_relu(input, *_norm_of(bn, input), statistics=statistics)
+    _count_batch(bn)
+    return output
+
+
+def fused_prefix(
+    input: Tensor,
+    bn: nn.BatchNorm2d,
+    convs: Sequence[nn.Conv2d],
+    residual: Tensor | None = None,
+    save_activation: bool = False,
+) -> tuple[Tensor, ...]:
+    """``conv(relu(bn(input)))`` for each of ``convs``, ``residual`` added to the first."""
+    outputs, _ = functional.batch_norm_relu_convs2d(
+        input,
+        _norm_of(bn, input),
+        [_conv_of(conv) for conv in convs],
+        residual=residual,
+        save_activation=save_activation,
+    )
+    _count_batch(bn)
+    return outputs
+
+
+def fused_unit(
+    input: Tensor,
+    layers: Sequence[Layer],
+    projection: nn.Conv2d | None = None,
+    save_activation: bool = False,
+    statistics: Statistics | None = None,
+    return_statistics: bool = False,
+) -> tuple[Tensor, Statistics | None]:
+    """A residual unit of torch.nn modules and the statistics of its result, if asked for."""
+    output, handed_on = functional.residual_unit(
+        input,
+        [
+            (_norm_of(bn, input if i == 0 else None), _conv_of(conv))
+            for i, (bn, conv) in enumerate(layers)
+        ],
+        None if projection is None else _conv_of(projection),
+        statistics=statistics,
+        return_statistics=return_statistics,
+        save_activation=save_activation,
+    )
+    _count_batch(*(bn for bn, _ in layers))
+    return output, handed_on
+
+
+class BatchNormReLU2d(nn.BatchNorm2d):
+    """``nn.BatchNorm2d`` followed by ReLU: same arguments, same state, one pass over memory.
+
+    Input and result are ``[N, C, H, W]``; see ``preact.functional.batch_norm_relu``.
+    """
+
+    def forward(self, input: Tensor, statistics: Statistics | None = None) -> Tensor:
+        return fused_batch_norm_relu(self, input, statistics)
+
+
+class BatchNormReLUConv2d(nn.Module):
+    """``conv(relu(norm(input)))``, plus ``residual`` where given.
+
+    Arguments as of ``nn.Conv2d`` and ``nn.BatchNorm2d``; the children are ``norm`` and ``conv``.
+    ``save_activation`` keeps the activation for backward, faster and larger, where the default
+    computes it again. Input ``[N, in_channels, H, W]``, result ``[N, out_channels, H', W']``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = False,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        save_activation: bool = False,
+    ) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(in_channels, eps, momentum, affine, track_running_stats)
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias
+        )
+        self.save_activation = save_activation
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return fused_prefix(input, self.norm, [self.conv], residual, self.save_activation)[0]
+
+
+class IdentityAdd(nn.Module):
+    """``input + other``: the shortcut's addition as a module, for hooks and for ``fuse_``."""
+
+    def forward(self, input: Tensor, other: Tensor) -> Tensor:
+        output = functional.identity_add(input, other)
+        assert isinstance(output, Tensor)
+        return output
+
+
+class _PreActUnit(nn.Module):
+    """What the two units share: forward over their layers, a projection where shapes change."""
+
+    expansion = 1
+    shortcut: nn.Conv2d | None
+
+    def __init__(self, in_channels: int, channels: int, stride: int, save_activation: bool) -> None:
+        super().__init__()
+        self.save_activation = save_activation
+        self._in_channels, self._stride = in_channels, stride
+        self._out_channels = channels * self.expansion
+
+    def _add_shortcut(self) -> None:
+        """Last, so that state_dict lists the branch first."""
+        self.shortcut = None
+        if self._stride != 1 or self._in_channels != self._out_channels:
+            self.shortcut = nn.Conv2d(
+                self._in_channels, self._out_channels, 1, self._stride, bias=False
+            )
+
+    def layers(self) -> list[Layer]:
+        raise NotImplementedError
+
+    def forward(
+        self,
+        input: Tensor,
+        statistics: Statistics | None = None,
+        return_statistics: bool = False,
+    ) -> Tensor | tuple[Tensor, Statistics | None]:
+        """``[N, in_channels, H, W]`` to ``[N, channels * expansion, H / stride, W / stride]``.
+
+        ``statistics`` are those of ``input`` where the unit before returned them; with
+        ``return_statistics`` the result comes with its own for the unit after (None in evaluation).
+        """
+        output, handed_on = fused_unit(
+            input, self.layers(), self.shortcut, self.save_activation, statistics,
+            return_statistics and self.training,
+        )  # fmt: skip
+        return (output, handed_on) if return_statistics else output
+
+
+class PreActBasicBlock(_PreActUnit):
+    """Two 3x3 convolutions, full pre-activation (He et al. 2016, figure 4e).
+
+    A 1x1 convolution ``shortcut`` on the first activation stands in for the identity where
+    ``stride`` or ``channels`` change the shape.
+    """
+
+    expansion = 1
+
+    def __init__(
+        self, in_channels: int, channels: int, stride: int = 1, *, save_activation: bool = False
+    ) -> None:
+        super().__init__(in_channels, channels, stride, save_activation)
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self._add_shortcut()
+
+    def layers(self) -> list[Layer]:
+        return [(self.bn1, self.conv1), (self.bn2, self.conv2)]
+
+
+class PreActBottleneck(_PreActUnit):
+    """1x1, 3x3 and 1x1 convolutions to ``4 * channels``, full pre-activation.
+
+    ``stride_on`` places the stride on the "3x3" (the common choice) or on the first "1x1" (the
+    authors' release).
+    """
+
+    expansion = 4
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int = 1,
+        *,
+        stride_on: str = "3x3",
+        save_activation: bool = False,
+    ) -> None:
+        super().__init__(in_channels, channels, stride, save_activation)
+        if stride_on not in ("1x1", "3x3"):
+            raise ValueError(f'stride_on must be "1x1" or "3x3", got {stride_on!r}')
+        first, second = (stride, 1) if stride_on == "1x1" else (1, stride)
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, first, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, second, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(channels)
+        self.conv3 = nn.Conv2d(channels, self._out_channels, 1, bias=False)
+        self._add_shortcut()
+
+    def layers(self) -> list[Layer]:
+        return [(self.bn1, self.conv1), (self.bn2, self.conv2), (self.bn3, self.conv3)]

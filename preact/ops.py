@@ -1,0 +1,85 @@
+"""Schemas, fakes and the fallback of ``torch.ops.preact``.
+
+The schemas stand here, once, so that the ops exist with or without a native library; C++ registers
+its kernels for them under a device's dispatch key when ``backends.cpp`` loads it. Where no kernel
+is registered, for a device or because nothing was built, the formulas of ``reference`` run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+_NORM = "Tensor mean, Tensor var, Tensor? weight, Tensor? bias"
+
+SCHEMAS: dict[str, str] = {
+    "batch_norm_stats": "(Tensor input) -> (Tensor, Tensor)",
+    "batch_norm_relu": f"(Tensor input, {_NORM}, float eps) -> Tensor",
+    "identity_add": "(Tensor input, Tensor other) -> (Tensor, Tensor, Tensor)",
+    "batch_norm_relu_backward_reduce": (
+        f"(Tensor grad_output, Tensor input, {_NORM}, float eps) -> (Tensor, Tensor)"
+    ),
+    "batch_norm_relu_backward_reduce_recompute": (
+        f"(Tensor grad_output, Tensor input, {_NORM}, float eps) -> (Tensor, Tensor, Tensor)"
+    ),
+    "batch_norm_relu_backward_apply": (
+        f"(Tensor grad_output, Tensor input, {_NORM}, Tensor? grad_weight, Tensor? grad_bias,"
+        " Tensor? grad_skip, float eps) -> Tensor"
+    ),
+}
+
+_library = torch.library.Library("preact", "DEF")
+
+
+def _vectors(input: Tensor, count: int) -> tuple[Tensor, ...]:
+    """``count`` unwritten per-channel vectors for ``input``."""
+    dtype = reference.accumulate_dtype(input.dtype)
+    return tuple(input.new_empty(input.size(1), dtype=dtype) for _ in range(count))
+
+
+def _like(input: Tensor) -> Tensor:
+    return torch.empty_like(input, memory_format=reference.memory_format_of(input))
+
+
+def _fake_stats(input: Tensor) -> tuple[Tensor, ...]:
+    return _vectors(input, 2)
+
+
+def _fake_apply(input: Tensor, *_: Any) -> Tensor:
+    return _like(input)
+
+
+def _fake_identity_add(input: Tensor, other: Tensor) -> tuple[Tensor, ...]:
+    return (_like(input), *_vectors(input, 2))
+
+
+def _fake_reduce(grad_output: Tensor, input: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return _vectors(input, 2)
+
+
+def _fake_reduce_recompute(grad_output: Tensor, input: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return (*_vectors(input, 2), _like(input))
+
+
+def _fake_backward_apply(grad_output: Tensor, input: Tensor, *_: Any) -> Tensor:
+    return _like(input)
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "batch_norm_stats": _fake_stats,
+    "batch_norm_relu": _fake_apply,
+    "identity_add": _fake_identity_add,
+    "batch_norm_relu_backward_reduce": _fake_reduce,
+    "batch_norm_relu_backward_reduce_recompute": _fake_reduce_recompute,
+    "batch_norm_relu_backward_apply": _fake_backward_apply,
+}
+
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"preact::{_name}", _FAKES[_name], lib=_library)

@@ -1,0 +1,177 @@
+"""The pieces every Function is made of: one BN-ReLU feeding convolutions, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
+"""Stride, padding, dilation and groups of a convolution."""
+
+
+class Affine(NamedTuple):
+    """What normalises one input: statistics ``[C]``, parameters ``[C]``, eps, whose statistics."""
+
+    mean: Tensor
+    var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    batch_stats: bool
+
+
+def activate(table: Any, input: Tensor, norm: Affine, dtype: torch.dtype) -> Tensor:
+    activation = table.batch_norm_relu(input, norm.mean, norm.var, norm.weight, norm.bias, norm.eps)
+    return activation if activation.dtype == dtype else activation.to(dtype)
+
+
+def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    stride, padding, dilation, groups = geometry
+    return torch.ops.aten.convolution.default(
+        input, weight, bias, stride, padding, dilation, False, [0, 0], groups
+    )
+
+
+def convolve_backward(
+    grad_output: Tensor, input: Tensor, weight: Tensor, geometry: Geometry, mask: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of a convolution's input, weight and bias, those that ``mask`` asks for."""
+    stride, padding, dilation, groups = geometry
+    bias_sizes = [weight.size(0)] if mask[2] else None
+    return torch.ops.aten.convolution_backward.default(
+        grad_output, input, weight, bias_sizes, stride, padding, dilation, False, [0, 0], groups,
+        mask,
+    )  # fmt: skip
+
+
+def cast_like(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
+    """A gradient in the type of what it belongs to."""
+    if gradient is None or like is None or gradient.dtype == like.dtype:
+        return gradient
+    return gradient.to(like.dtype)
+
+
+class Needs(NamedTuple):
+    """Which gradients one prefix has to give."""
+
+    input: bool
+    norm: bool
+    convs: list[tuple[bool, bool]]  # weight, bias
+
+
+class PrefixGradients(NamedTuple):
+    input: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    convs: list[tuple[Tensor | None, Tensor | None]]
+
+
+def prefix_backward(
+    table: Any,
+    input: Tensor,
+    norm: Affine,
+    weights: Sequence[Tensor],
+    geometries: Sequence[Geometry],
+    grad_outputs: Sequence[Tensor | None],
+    activation: Tensor | None,
+    grad_skip: Tensor | None,
+    needs: Needs,
+) -> PrefixGradients:
+    """Backward of one BN-ReLU feeding ``weights``; ``grad_skip`` joins the gradient of ``input``.
+
+    The gradient of the activation comes first, so that one pass over it and ``input`` both reduces
+    the two sums and writes the activation that the weights' gradients read.
+    """
+    vectors = (norm.mean, norm.var, norm.weight, norm.bias)
+    reduce = needs.norm or (needs.input and norm.batch_stats)
+    grad_activation: Tensor | None = None
+    if reduce or needs.input:
+        for weight, geometry, grad in zip(weights, geometries, grad_outputs, strict=True):
+            if grad is None:
+                continue
+            shape_of = input if input.dtype == weight.dtype else input.to(weight.dtype)
+            part = convolve_backward(grad, shape_of, weight, geometry, [True, False, False])[0]
+            assert part is not None
+            grad_activation = part if grad_activation is None else grad_activation + part
+        grad_activation = cast_like(grad_activation, input)
+
+    wants_activation = activation is None and any(weight for weight, _ in needs.convs)
+    grad_weight: Tensor | None = None
+    grad_bias: Tensor | None = None
+    if grad_activation is not None and reduce:
+        if wants_activation:
+            grad_weight, grad_bias, activation = table.batch_norm_relu_backward_reduce_recompute(
+                grad_activation, input, *vectors, norm.eps
+            )
+        else:
+            grad_weight, grad_bias = table.batch_norm_relu_backward_reduce(
+                grad_activation, input, *vectors, norm.eps
+            )
+    elif wants_activation:
+        activation = table.batch_norm_relu(input, *vectors, norm.eps)
+
+    convs: list[tuple[Tensor | None, Tensor | None]] = []
+    for weight, geometry, grad, (wants_weight, wants_bias) in zip(
+        weights, geometries, grad_outputs, needs.convs, strict=True
+    ):
+        if grad is None or not (wants_weight or wants_bias):
+            convs.append((None, None))
+            continue
+        source = input if activation is None else activation
+        if source.dtype != weight.dtype:
+            source = source.to(weight.dtype)
+        convs.append(
+            convolve_backward(grad, source, weight, geometry, [False, wants_weight, wants_bias])[1:]
+        )
+
+    grad_input = grad_skip if needs.input else None
+    if grad_activation is not None and needs.input:
+        sums = (grad_weight, grad_bias) if norm.batch_stats else (None, None)
+        grad_input = table.batch_norm_relu_backward_apply(
+            grad_activation, input, *vectors, *sums, cast_like(grad_skip, input), norm.eps
+        )
+    return PrefixGradients(grad_input, grad_weight, grad_bias, convs)
+
+
+def eager_prefix(
+    input: Tensor, norm: Affine, convs: Sequence[tuple[Tensor, Tensor | None, Geometry]]
+) -> list[Tensor]:
+    """The prefix in operations autograd differentiates any number of times."""
+    statistics = (None, None) if norm.batch_stats else (norm.mean, norm.var)
+    activation = F.relu(
+        F.batch_norm(
+            input, *statistics, norm.weight, norm.bias, training=norm.batch_stats, eps=norm.eps
+        )
+    )
+    return [
+        convolve(activation.to(weight.dtype), weight, bias, geometry)
+        for weight, bias, geometry in convs
+    ] or [activation]
+
+
+def differentiable_backward(
+    forward: Callable[[], Sequence[Tensor]],
+    grad_outputs: Sequence[Tensor | None],
+    inputs: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Gradients of ``forward()`` for ``inputs`` that carry a graph of their own."""
+    with torch.enable_grad():
+        pairs = [
+            (output, grad)
+            for output, grad in zip(forward(), grad_outputs, strict=True)
+            if grad is not None
+        ]
+        wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
+        found = torch.autograd.grad(
+            [output for output, _ in pairs], wanted, [grad for _, grad in pairs],
+            create_graph=True, allow_unused=True,
+        )  # fmt: skip
+    gradients = iter(found)
+    return [
+        next(gradients) if tensor is not None and tensor.requires_grad else None
+        for tensor in inputs
+    ]
