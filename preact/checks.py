@@ -24,6 +24,11 @@ def compute_type(tensor: Tensor) -> torch.dtype:
     return tensor.dtype
 
 
+def pair(value: int | Sequence[int]) -> tuple[int, ...]:
+    """One number for both dimensions of an image, or one for each."""
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
 def same_kind(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> bool:
     return tuple(tensor.shape) == tuple(shape) and tensor.dtype == dtype
 
@@ -84,6 +89,15 @@ def _check_conv_of(shape: Sequence[int], input: Tensor, conv: Conv) -> None:
             f"conv_weight of shape {tuple(weight.shape)} with groups={conv.groups} expects input"
             f" to have {weight.size(1) * conv.groups} channels, got {shape[-3]}"
         )
+    if not isinstance(conv.padding, str):
+        for size, kernel, pad, step in zip(
+            shape[-2:], weight.shape[2:], pair(conv.padding), pair(conv.dilation), strict=True
+        ):
+            if size + 2 * pad < step * (kernel - 1) + 1:
+                raise RuntimeError(
+                    f"conv_weight of shape {tuple(weight.shape)} is larger than the padded input,"
+                    f" {tuple(shape)} with padding={conv.padding} and dilation={conv.dilation}"
+                )
     if weight.device != input.device:
         raise RuntimeError(
             f"conv_weight must be on the device of input, {input.device}, got {weight.device}"

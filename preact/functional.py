@@ -45,15 +45,11 @@ class Conv(NamedTuple):
     groups: int = 1
 
 
-def _pair(value: int | Sequence[int]) -> tuple[int, ...]:
-    return (value, value) if isinstance(value, int) else tuple(value)
-
-
 def _geometry(conv: Conv) -> Geometry | None:
     """The convolution's numbers; None where only ``conv2d`` itself can take them."""
-    stride, dilation = _pair(conv.stride), _pair(conv.dilation)
+    stride, dilation = checks.pair(conv.stride), checks.pair(conv.dilation)
     if not isinstance(conv.padding, str):
-        return stride, _pair(conv.padding), dilation, conv.groups
+        return stride, checks.pair(conv.padding), dilation, conv.groups
     if conv.padding == "valid":
         return stride, (0, 0), dilation, conv.groups
     totals = [d * (k - 1) for d, k in zip(dilation, conv.weight.shape[2:], strict=True)]

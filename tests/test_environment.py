@@ -1,0 +1,84 @@
+"""``python -m preact.environment`` says what is there, what is not, and why."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import preact
+from preact import backends, environment
+from preact.backends import cpp
+
+
+def test_report_names_versions_and_settings() -> None:
+    rows = environment.report()
+    assert rows["preact"].startswith(preact.__version__)
+    assert rows["PyTorch"] == torch.__version__
+    assert rows["threads"].startswith(f"{torch.get_num_threads()} of ")
+    assert all(value and "\n" not in value for value in rows.values())
+
+
+def test_report_agrees_with_the_backends() -> None:
+    rows = environment.report()
+    for name, reason in backends.available("cpu").items():
+        assert rows[f"{name} on cpu"] == (f"not usable: {reason}" if reason else "usable")
+    assert rows["automatic choice"].startswith(f"{backends.choose('cpu')} on cpu")
+    if backends.cpu_capability():
+        assert rows["instruction set"] in ("AVX512", "AVX2", "baseline")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu_nothing_is_usable_on_cuda() -> None:
+    rows = environment.report()
+    for name in backends.NAMES:
+        assert rows[f"{name} on cuda"].startswith("not usable: ")
+
+
+def test_a_missing_library_is_reported_with_the_reason_of_the_build(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cpp, "native_path", lambda name="_C": None)
+    record = {"reasons": {"_C": "no C++ compiler found (c++)", "_C_cuda": ""}}
+    monkeypatch.setattr(environment, "_build_record", lambda: record)
+    rows = environment.report()
+    assert rows["C++ kernels"] == "not built: no C++ compiler found (c++)"
+    assert rows["CUDA kernels"].startswith("not built: ")
+
+
+def run_module(**variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "preact.environment"],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_module_prints_one_line_for_each_title() -> None:
+    result = run_module()
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    lines = result.stdout.splitlines()
+    for title, line in zip(environment.report(), lines, strict=True):
+        assert line.startswith(title + "  ")
+
+
+def test_a_forced_backend_that_cannot_run_is_explained() -> None:
+    result = run_module(PREACT_BACKEND="triton")
+    assert result.returncode == 0, result.stderr
+    reason = backends.available("cpu")["triton"]
+    if reason:
+        assert f"backend 'triton' cannot run on cpu: {reason}" in result.stdout
+    assert "PREACT_BACKEND=triton" in result.stdout
+
+
+@pytest.mark.parametrize(("asked", "used"), [("baseline", "baseline"), ("avx2", "AVX2")])
+def test_the_instruction_set_can_be_lowered(asked: str, used: str) -> None:
+    if backends.cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip(f"the CPU kernels use {backends.cpu_capability() or 'nothing'} here")
+    lines = run_module(PREACT_CPU_CAPABILITY=asked).stdout.splitlines()
+    assert [line.split()[-1] for line in lines if line.startswith("instruction set")] == [used]

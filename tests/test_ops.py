@@ -1,0 +1,237 @@
+"""Each op on the CPU against the formulas of ``reference`` in float64, in every type and layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import preact
+from preact import reference
+from preact.backends import available
+
+from .tolerances import error, floor
+
+OPS = torch.ops.preact
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+SHAPES = [
+    (4, 16, 8, 8),
+    (2, 3, 5, 7),
+    (1, 17, 4, 9),
+    (6, 1, 3, 3),
+    (5, 33, 1, 1),
+    (1, 24, 13, 1),
+    (700, 8, 1, 2),
+    (3, 5, 70, 71),
+]
+LAYOUTS = ["contiguous", "channels_last", "strided"]
+
+pytestmark = pytest.mark.skipif(
+    available()["cpp"] != "", reason=f"no native kernels: {available()['cpp']}"
+)
+
+
+def arrange(tensor: Tensor, layout: str) -> Tensor:
+    if layout == "channels_last":
+        return tensor.contiguous(memory_format=torch.channels_last)
+    if layout == "strided":
+        return tensor.repeat_interleave(2, dim=3)[..., ::2]
+    return tensor
+
+
+def sample(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: str, affine: bool
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...]]:
+    """Input, gradient, skip gradient, and (mean, var, weight, bias)."""
+    x, grad, skip = (arrange(torch.randn(shape).to(dtype), layout) for _ in range(3))
+    x = arrange(x * 2 + 1, layout)
+    mean, var = OPS.batch_norm_stats(x)
+    vector = reference.accumulate_dtype(dtype)
+    weight = torch.randn(shape[1], dtype=vector) if affine else None
+    bias = torch.randn(shape[1], dtype=vector) if affine else None
+    return x, grad, skip, (mean, var, weight, bias)
+
+
+def double(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.double()
+
+
+def check(name: str, result: Tensor, expected: Tensor) -> None:
+    """A few roundings of the sums (float32 or float64) and one of the result's own type."""
+    accumulation = torch.finfo(reference.accumulate_dtype(result.dtype)).eps
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    bound = floor(result, expected) + 32 * accumulation * (scale + 1)
+    assert error(result, expected) <= bound, f"{name}: {error(result, expected):.3g} > {bound:.3g}"
+
+
+@pytest.fixture(autouse=True)
+def poison_unwritten_memory():
+    """Memory from ``torch.empty`` starts as NaN, so that an unwritten output shows."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_op_equals_its_formula(dtype, shape, layout, affine):
+    x, grad, skip, vectors = sample(shape, dtype, layout, affine)
+    exact = tuple(double(v) for v in vectors)
+    mean, var = vectors[:2]
+    expected_mean, expected_var = reference.batch_norm_stats(x.double())
+    check("mean", mean, expected_mean)
+    check("var", var, expected_var)
+
+    output = OPS.batch_norm_relu(x, *vectors, 1e-5)
+    check("output", output, reference.batch_norm_relu(x.double(), *exact, 1e-5))
+    assert (
+        output.is_contiguous(memory_format=reference.memory_format_of(x)) and output.dtype == dtype
+    )
+
+    total, total_mean, total_var = OPS.identity_add(x, skip)
+    assert torch.equal(total, x + skip)
+    expected_mean, expected_var = reference.batch_norm_stats(total.double())
+    check("mean of sum", total_mean, expected_mean)
+    check("var of sum", total_var, expected_var)
+
+    sums = OPS.batch_norm_relu_backward_reduce(grad, x, *vectors, 1e-5)
+    expected_sums = reference.batch_norm_relu_backward_reduce(
+        grad.double(), x.double(), *exact, 1e-5
+    )
+    magnitude = reference.batch_norm_relu_backward_reduce(
+        grad.double().abs(), x.double(), *exact, 1e-5
+    )[1]
+    for name, result, value in zip(("grad_weight", "grad_bias"), sums, expected_sums, strict=True):
+        # The terms of a sum may cancel: its error is judged by their magnitude.
+        spread = float(magnitude.max()) * torch.finfo(result.dtype).eps * 32
+        assert error(result, value) <= spread + floor(result, value), name
+    *again, activation = OPS.batch_norm_relu_backward_reduce_recompute(grad, x, *vectors, 1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(sums, again, strict=True))
+    assert torch.equal(activation, output), "the recomputed activation differs from the forward's"
+
+    for given in (sums, (None, None)):
+        for extra in (None, skip):
+            result = OPS.batch_norm_relu_backward_apply(grad, x, *vectors, *given, extra, 1e-5)
+            expected = reference.batch_norm_relu_backward_apply(
+                grad.double(), x.double(), *exact, *map(double, given), double(extra), 1e-5
+            )
+            check("grad_input", result, expected)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(("mean", "std"), [(1e4, 1.0), (5.0, 0.1), (-300.0, 0.01), (0.0, 1e-6)])
+def test_large_mean_small_variance(mean, std, layout):
+    x = arrange(torch.randn(16, 8, 24, 24, dtype=torch.float64) * std + mean, layout).float()
+    result_mean, result_var = OPS.batch_norm_stats(x)
+    expected_mean, expected_var = reference.batch_norm_stats(x.double())
+    torch.testing.assert_close(result_mean.double(), expected_mean, rtol=1e-7, atol=1e-12)
+    torch.testing.assert_close(result_var.double(), expected_var, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_statistics_of_images_far_apart(layout):
+    """A shift that fits the first images says nothing of the later ones."""
+    x = torch.randn(8, 4, 20, 20) + 1e3 * torch.randn(8, 1, 1, 1)
+    mean, var = OPS.batch_norm_stats(arrange(x, layout))
+    expected_mean, expected_var = reference.batch_norm_stats(x.double())
+    assert ((mean - expected_mean).abs() <= 1e-6 * expected_var.sqrt()).all()
+    torch.testing.assert_close(var.double(), expected_var, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_constant_channel_has_no_variance(dtype, layout):
+    x = arrange(torch.full((4, 5, 6, 6), 3.1).to(dtype), layout)
+    mean, var = OPS.batch_norm_stats(x)
+    assert torch.equal(var, torch.zeros_like(var))
+    output = OPS.batch_norm_relu(x, mean, var, None, None, 1e-5)
+    assert torch.equal(output, torch.zeros_like(output))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_and_infinity_pass_as_in_eager(dtype):
+    x = torch.randn(2, 16, 4, 4)
+    x[0, 3, 1, 2], x[1, 5, 0, 0] = float("nan"), float("inf")
+    x = x.to(dtype)
+    vectors = (torch.zeros(16), torch.ones(16), torch.ones(16), torch.zeros(16))
+    for layout in ("contiguous", "channels_last"):
+        output = OPS.batch_norm_relu(arrange(x, layout), *vectors, 1e-5)
+        expected = torch.relu(torch.nn.functional.batch_norm(x.double(), *map(double, vectors)))
+        assert torch.equal(output.isnan(), expected.isnan())
+        assert torch.equal(output.isinf(), expected.isinf())
+
+
+@pytest.mark.parametrize("expand", ["sum", "stride"])
+def test_expanded_and_strided_gradients(expand):
+    x, _, _, vectors = sample((4, 6, 5, 5), torch.float32, "channels_last", True)
+    grad = (
+        torch.ones(()).expand(x.shape)
+        if expand == "sum"
+        else torch.randn(4, 5, 5, 6).permute(0, 3, 1, 2)
+    )
+    result = OPS.batch_norm_relu_backward_reduce(grad, x, *vectors, 1e-5)
+    dense = OPS.batch_norm_relu_backward_reduce(grad.contiguous(), x, *vectors, 1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(result, dense, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_results_do_not_depend_on_the_number_of_threads(layout):
+    x, grad, skip, vectors = sample((32, 24, 15, 15), torch.float32, layout, True)
+    calls = [
+        lambda: OPS.batch_norm_stats(x),
+        lambda: OPS.identity_add(x, skip),
+        lambda: OPS.batch_norm_relu_backward_reduce(grad, x, *vectors, 1e-5),
+    ]
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        single = [call() for call in calls]
+        torch.set_num_threads(3)
+        several = [call() for call in calls]
+    finally:
+        torch.set_num_threads(threads)
+    for one, many in zip(single, several, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, many, strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", sorted(preact.ops.SCHEMAS))
+def test_opcheck(name, layout):
+    x, grad, skip, vectors = sample((2, 3, 4, 5), torch.float32, layout, True)
+    sums = (torch.randn(3), torch.randn(3))
+    arguments = {
+        "batch_norm_stats": (x,),
+        "identity_add": (x, skip),
+        "batch_norm_relu": (x, *vectors, 1e-5),
+        "batch_norm_relu_backward_apply": (grad, x, *vectors, *sums, skip, 1e-5),
+    }.get(name, (grad, x, *vectors, 1e-5))
+    torch.library.opcheck(getattr(OPS, name).default, arguments)
+
+
+@pytest.mark.parametrize(
+    ("argument", "call"),
+    [
+        ("other", lambda x: OPS.identity_add(x, x[:1])),
+        ("mean", lambda x: OPS.batch_norm_relu(x, torch.ones(2), torch.ones(3), None, None, 1e-5)),
+        ("input", lambda x: OPS.batch_norm_stats(x.int())),
+        (
+            "grad_output",
+            lambda x: OPS.batch_norm_relu_backward_reduce(
+                x.double(), x, torch.ones(3), torch.ones(3), None, None, 1e-5
+            ),
+        ),
+        (
+            "grad_skip",
+            lambda x: OPS.batch_norm_relu_backward_apply(
+                x, x, torch.ones(3), torch.ones(3), None, None, None, None, x[:, :2], 1e-5
+            ),
+        ),
+    ],
+)
+def test_an_op_names_the_argument_it_refuses(argument, call):
+    with pytest.raises(RuntimeError, match=argument):
+        call(torch.randn(2, 3, 4, 4))
