@@ -244,7 +244,7 @@ def main(
         "backends",
     )
     console.print(", ".join(f"{key} {conditions[key]}" for key in described))
-    if target.type == "cpu" and float(conditions["load"] or 0) > 0.5:
+    if target.type == "cpu" and float(conditions["load"] or 0) > (os.cpu_count() or 1) / 2:
         console.print("other programs are running: the figures will be poor", style="yellow")
     if not quick:
         console.print(f"{len(cases)} cases; --quick runs a choice that takes about a minute")

@@ -213,9 +213,10 @@ class FusedBlock:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As of the original class, so that nothing stored refers to a class made at run time."""
+        reduced: Any = super().__reduce_ex__(protocol)
         if "_preact_original" not in vars(type(self)):  # someone has extended the class again
-            return super().__reduce_ex__(protocol)
-        function, args, *rest = super().__reduce_ex__(protocol)
+            return reduced
+        function, args, *rest = reduced
         args = tuple(self._preact_original if arg is type(self) else arg for arg in args)
         return (_rebuild, (function, args), *rest)
 
@@ -228,7 +229,7 @@ def _rebuild(function: Callable[..., nn.Module], args: tuple[Any, ...]) -> nn.Mo
 
 def become(module: nn.Module, cls: type[nn.Module]) -> None:
     """Changes the class of ``module``, its ``__dict__`` and identity staying as they are."""
-    module.__class__ = cls  # type: ignore[assignment]
+    module.__class__ = cls
 
 
 _fused_classes: dict[type[nn.Module], type[nn.Module]] = {}

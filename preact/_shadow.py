@@ -129,16 +129,24 @@ class Record:
 
     def read_class(self, name: str) -> None:
         """An attribute of the class: neither it nor the object may get another one."""
-        for cls in original_class(self.module).__mro__:
-            if name in vars(cls):
-                value = vars(cls)[name]
-                if cls.__module__.startswith("torch."):
-                    return
-                if not isinstance(value, _CODE):
-                    value = freeze(value)
-                self.class_reads[cls, name] = value
-                self.reads["", name] = MISSING
-                return
+        found = class_attribute(original_class(self.module), name)
+        if found is None or found[-1][0].__module__.startswith("torch."):
+            return
+        for cls, value in found:
+            self.class_reads[cls, name] = (
+                value if isinstance(value, _CODE) or value is MISSING else freeze(value)
+            )
+        self.reads["", name] = MISSING
+
+
+def class_attribute(cls: type, name: str) -> list[tuple[type, Any]] | None:
+    """Where a class finds an attribute: the classes looked at in vain, and the one that has it."""
+    passed: list[tuple[type, Any]] = []
+    for base in cls.__mro__:
+        if name in vars(base):
+            return [*passed, (base, vars(base)[name])]
+        passed.append((base, MISSING))
+    return None
 
 
 class _Shadow:

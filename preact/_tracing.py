@@ -19,6 +19,7 @@ from ._shadow import (
     Record,
     TracingError,
     check_unchanged,
+    class_attribute,
     freeze,
     make_shadow,
     original_class,
@@ -216,10 +217,8 @@ class Trace:
 
     def _watch_forward(self, module: nn.Module) -> None:
         """The code itself may be replaced on its class, or branch on a constant of its file."""
-        for cls in original_class(module).__mro__:
-            if "forward" in vars(cls):
-                self._watch_code(cls, "forward", vars(cls)["forward"])
-                return
+        for cls, value in class_attribute(original_class(module), "forward") or ():
+            self._watch_code(cls, "forward", value)
 
     def _watch_code(self, cls: type, name: str, value: Any) -> None:
         self._checks[cls, name] = (vars(cls), name, value)

@@ -86,7 +86,8 @@ class BatchNormReLU(torch.autograd.Function):
                 grad_output, *vectors, *sums, None, eps
             )
         return (
-            None, grad_input, None, None, cast_like(grad_weight, weight) if weight is not None else None,
+            None, grad_input, None, None,
+            cast_like(grad_weight, weight) if weight is not None else None,
             cast_like(grad_bias, bias) if bias is not None else None, None, None,
         )  # fmt: skip
 
@@ -166,7 +167,7 @@ class BatchNormReLUConv2d(torch.autograd.Function):
                 None, None, None, None, None, *found[3:],
             )  # fmt: skip
         conv_needs = [(needs[12 + 2 * i], needs[13 + 2 * i]) for i in range(len(geometries))]
-        found = prefix_backward(
+        result = prefix_backward(
             backends.table(backend),
             input,
             norm,
@@ -178,9 +179,9 @@ class BatchNormReLUConv2d(torch.autograd.Function):
             Needs(needs[1], needs[4] or needs[5], conv_needs),
         )
         return (
-            None, found.input, None, None, cast_like(found.weight, weight) if needs[4] else None,
-            cast_like(found.bias, bias) if needs[5] else None, grad_residual,
-            None, None, None, None, None, *(grad for pair in found.convs for grad in pair),
+            None, result.input, None, None, cast_like(result.weight, weight) if needs[4] else None,
+            cast_like(result.bias, bias) if needs[5] else None, grad_residual,
+            None, None, None, None, None, *(grad for pair in result.convs for grad in pair),
         )  # fmt: skip
 
 

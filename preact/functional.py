@@ -87,7 +87,8 @@ def _backend(input: Tensor, norms: Sequence[Norm]) -> str:
 
 def _statistics(input: Tensor, norm: Norm, statistics: Statistics | None) -> Statistics:
     if not norm.training:
-        assert norm.running_mean is not None and norm.running_var is not None
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
         return norm.running_mean, norm.running_var
     if statistics is not None:
         return statistics
@@ -114,6 +115,11 @@ def _count(input: Tensor) -> int:
 
 def _eager_norm(input: Tensor, norm: Norm) -> Tensor:
     return F.relu(F.batch_norm(input, *norm))
+
+
+def _eager_conv(input: Tensor, conv: Conv) -> Tensor:
+    weight, bias, stride, padding, dilation, groups = conv
+    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 
 def batch_norm_relu(
@@ -146,7 +152,9 @@ def batch_norm_relu(
         return _eager_norm(input, norm)
     checks.check_statistics(input, statistics)
     mean, var = _statistics(input, norm, statistics)
-    output = autograd.BatchNormReLU.apply(backend, input, mean, var, weight, bias, eps, training)
+    output: Tensor = autograd.BatchNormReLU.apply(
+        backend, input, mean, var, weight, bias, eps, training
+    )
     if training:
         _update_running(norm, (mean, var), _count(input))
     return output
@@ -177,7 +185,7 @@ def batch_norm_relu_convs2d(
         checks.check_residual(residual, _output_shape(input.shape, convs[0], geometries[0]))
     if backend == "reference" or None in geometries:
         activation = _eager_norm(input, norm)
-        outputs = [F.conv2d(activation, *conv) for conv in convs]
+        outputs = [_eager_conv(activation, conv) for conv in convs]
         if residual is not None:
             outputs[0] = outputs[0] + residual
         return tuple(outputs), None
@@ -308,10 +316,11 @@ def residual_unit(
         return _unit_of_prefixes(input, layers, projection, statistics, save_activation), None
 
     parameters: list[Tensor | None] = []
+    first = _statistics(input, layers[0][0], statistics)
     for index, (norm, conv) in enumerate(layers):
-        known: Statistics | tuple[None, None] = (None, None)
-        if index == 0 or not norm.training:
-            known = _statistics(input, norm, statistics)
+        known: tuple[Tensor | None, Tensor | None] = first
+        if index > 0:
+            known = (None, None) if norm.training else (norm.running_mean, norm.running_var)
         parameters += [norm.weight, norm.bias, *known, *_parameters(conv)]
     if projection is not None:
         parameters += _parameters(projection)
@@ -327,7 +336,7 @@ def residual_unit(
     handed_on = (found.pop(0), found.pop(0)) if return_statistics else None
     for index, (norm, _) in enumerate(layers):
         if norm.training:
-            own = parameters[2:4] if index == 0 else [found.pop(0), found.pop(0)]
+            own = first if index == 0 else (found.pop(0), found.pop(0))
             batch, _, height, width = shapes[index]
             _update_running(norm, own, batch * height * width)
     return output, handed_on

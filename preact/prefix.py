@@ -141,10 +141,10 @@ def eager_prefix(
     input: Tensor, norm: Affine, convs: Sequence[tuple[Tensor, Tensor | None, Geometry]]
 ) -> list[Tensor]:
     """The prefix in operations autograd differentiates any number of times."""
-    statistics = (None, None) if norm.batch_stats else (norm.mean, norm.var)
+    mean, var = (None, None) if norm.batch_stats else (norm.mean, norm.var)
     activation = F.relu(
         F.batch_norm(
-            input, *statistics, norm.weight, norm.bias, training=norm.batch_stats, eps=norm.eps
+            input, mean, var, norm.weight, norm.bias, training=norm.batch_stats, eps=norm.eps
         )
     )
     return [

@@ -16,22 +16,22 @@ X = torch.linspace(-1, 1, 2 * 4 * 5 * 5).reshape(2, 4, 5, 5)
 
 
 def arguments(**changes):
-    values = dict(
-        input=X,
-        running_mean=torch.zeros(4),
-        running_var=torch.ones(4),
-        weight=torch.ones(4),
-        bias=torch.zeros(4),
-        training=True,
-        eps=1e-5,
-        conv_weight=torch.ones(3, 4, 3, 3),
-        conv_bias=None,
-        stride=1,
-        padding=1,
-        dilation=1,
-        groups=1,
-        residual=None,
-    )
+    values = {
+        "input": X,
+        "running_mean": torch.zeros(4),
+        "running_var": torch.ones(4),
+        "weight": torch.ones(4),
+        "bias": torch.zeros(4),
+        "training": True,
+        "eps": 1e-5,
+        "conv_weight": torch.ones(3, 4, 3, 3),
+        "conv_bias": None,
+        "stride": 1,
+        "padding": 1,
+        "dilation": 1,
+        "groups": 1,
+        "residual": None,
+    }
     return {**values, **changes}
 
 
@@ -43,30 +43,30 @@ def eager(input, conv_weight, conv_bias, stride, padding, dilation, groups, resi
 
 META = "meta"
 BAD = {
-    "integer input": ("input", dict(input=X.int())),
-    "input of rank 1": ("input", dict(input=X.flatten())),
-    "input of rank 2": ("input", dict(input=X.reshape(50, 4))),
-    "input of rank 5": ("input", dict(input=X[:, :, None])),
-    "one value per channel": ("input", dict(input=X[:1, :, :1, :1])),
-    "short running_mean": ("running_mean", dict(running_mean=torch.zeros(3))),
-    "short running_var": ("running_var", dict(running_var=torch.ones(3))),
-    "short weight": ("weight", dict(weight=torch.ones(3))),
-    "long bias": ("bias", dict(bias=torch.zeros(5))),
-    "double weight": ("weight", dict(weight=torch.ones(4).double())),
-    "half bias": ("bias", dict(bias=torch.zeros(4).half())),
-    "eps of zero": ("eps", dict(eps=0.0)),
+    "integer input": ("input", {"input": X.int()}),
+    "input of rank 1": ("input", {"input": X.flatten()}),
+    "input of rank 2": ("input", {"input": X.reshape(50, 4)}),
+    "input of rank 5": ("input", {"input": X[:, :, None]}),
+    "one value per channel": ("input", {"input": X[:1, :, :1, :1]}),
+    "short running_mean": ("running_mean", {"running_mean": torch.zeros(3)}),
+    "short running_var": ("running_var", {"running_var": torch.ones(3)}),
+    "short weight": ("weight", {"weight": torch.ones(3)}),
+    "long bias": ("bias", {"bias": torch.zeros(5)}),
+    "double weight": ("weight", {"weight": torch.ones(4).double()}),
+    "half bias": ("bias", {"bias": torch.zeros(4).half()}),
+    "eps of zero": ("eps", {"eps": 0.0}),
     "no running statistics in evaluation": (
         "running_mean",
-        dict(running_mean=None, running_var=None, training=False),
+        {"running_mean": None, "running_var": None, "training": False},
     ),
-    "conv_weight of wrong channels": ("conv_weight", dict(conv_weight=torch.ones(3, 5, 3, 3))),
-    "groups that do not divide": ("groups", dict(groups=3)),
-    "conv_weight of rank 3": ("conv_weight", dict(conv_weight=torch.ones(3, 4, 3))),
-    "double conv_weight": ("conv_weight", dict(conv_weight=torch.ones(3, 4, 3, 3).double())),
-    "short conv_bias": ("conv_bias", dict(conv_bias=torch.zeros(2))),
-    "residual that does not broadcast": ("residual", dict(residual=torch.ones(2, 3, 4, 5))),
-    "kernel larger than the image": ("conv_weight", dict(conv_weight=torch.ones(3, 4, 9, 9))),
-    "weight on another device": ("weight", dict(weight=torch.ones(4, device=META))),
+    "conv_weight of wrong channels": ("conv_weight", {"conv_weight": torch.ones(3, 5, 3, 3)}),
+    "groups that do not divide": ("groups", {"groups": 3}),
+    "conv_weight of rank 3": ("conv_weight", {"conv_weight": torch.ones(3, 4, 3)}),
+    "double conv_weight": ("conv_weight", {"conv_weight": torch.ones(3, 4, 3, 3).double()}),
+    "short conv_bias": ("conv_bias", {"conv_bias": torch.zeros(2)}),
+    "residual that does not broadcast": ("residual", {"residual": torch.ones(2, 3, 4, 5)}),
+    "kernel larger than the image": ("conv_weight", {"conv_weight": torch.ones(3, 4, 9, 9)}),
+    "weight on another device": ("weight", {"weight": torch.ones(4, device=META)}),
 }
 
 

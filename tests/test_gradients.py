@@ -1,4 +1,4 @@
-"""Finite differences for every Function, second order included, and no gradient nobody asked for."""
+"""Finite differences for every Function, second order included; no gradient nobody asked for."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def assert_same_state(fused, eager):
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("track", [True, False])
 def test_batch_norm_options(momentum, affine, track):
-    options = dict(momentum=momentum, affine=affine, track_running_stats=track, eps=1e-3)
+    options = {"momentum": momentum, "affine": affine, "track_running_stats": track, "eps": 1e-3}
     fused = preact.BatchNormReLUConv2d(6, 5, 3, padding=1, **options)
     eager = EagerPrefix(6, 5, 3, padding=1, **options)
     eager.load_state_dict(fused.state_dict())
@@ -73,8 +73,7 @@ def test_unit_state_and_results(channels, stride):
         preact.PreActBasicBlock(8, channels, stride),
         EagerBasicBlock(8, channels, stride),
     )
-    assert_same_keys = list(fused.state_dict()) == list(eager.state_dict())
-    assert assert_same_keys
+    assert list(fused.state_dict()) == list(eager.state_dict())
     eager.load_state_dict(fused.state_dict())
     for training in (True, False):
         fused.train(training), eager.train(training)

@@ -44,7 +44,9 @@ def evaluate(
     buffers = [buffer.clone() if dtype is None else buffer.to(dtype) for buffer in running]
     with preact.use_backend(backend):
         outputs = case(inputs, buffers)
-        torch.autograd.backward(outputs, [g.to(o.dtype) for g, o in zip(grads, outputs)])
+        torch.autograd.backward(
+            outputs, [g.to(o.dtype) for g, o in zip(grads, outputs, strict=False)]
+        )
     return [*outputs, *(None if t is None else t.grad for t in inputs), *buffers]
 
 
@@ -94,14 +96,14 @@ def test_batch_norm_relu(shape, dtype, layout, training):
 
 
 GEOMETRIES = {
-    "1x1": dict(kernel=1),
-    "1x1 stride 2": dict(kernel=1, stride=2),
-    "3x3": dict(kernel=3, padding=1),
-    "3x3 stride 2 dilated": dict(kernel=3, stride=2, padding=2, dilation=2),
-    "grouped with bias": dict(kernel=3, padding=1, groups=3, bias=True),
-    "uneven": dict(kernel=(1, 3), stride=(2, 1), padding=(0, 1)),
-    "same": dict(kernel=3, padding="same"),
-    "even same": dict(kernel=2, padding="same"),
+    "1x1": {"kernel": 1},
+    "1x1 stride 2": {"kernel": 1, "stride": 2},
+    "3x3": {"kernel": 3, "padding": 1},
+    "3x3 stride 2 dilated": {"kernel": 3, "stride": 2, "padding": 2, "dilation": 2},
+    "grouped with bias": {"kernel": 3, "padding": 1, "groups": 3, "bias": True},
+    "uneven": {"kernel": (1, 3), "stride": (2, 1), "padding": (0, 1)},
+    "same": {"kernel": 3, "padding": "same"},
+    "even same": {"kernel": 2, "padding": "same"},
 }
 
 

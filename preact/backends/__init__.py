@@ -80,7 +80,7 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _choose(forced: str | None, device_type: str) -> str:
     wanted = forced or _forced_by_environment()
     if wanted is not None:
@@ -98,5 +98,6 @@ def _choose(forced: str | None, device_type: str) -> str:
 
 
 def choose(device_type: str) -> str:
-    """The backend for tensors on a device; raises ``RuntimeError`` where a forced one cannot run."""
-    return _choose(_forced, device_type)
+    """The backend for a device; raises ``RuntimeError`` where a forced one cannot run."""
+    chosen: str = _choose(_forced, device_type)
+    return chosen

@@ -67,7 +67,8 @@ class PreResNet(nn.Module):
         for stage in self.stages:
             x, statistics = stage(x, statistics)
         x = self.norm(x, statistics)
-        return self.fc(torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1))
+        logits: Tensor = self.fc(torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1))
+        return logits
 
 
 def _cifar(unit: Unit, depth: int) -> Callable[..., PreResNet]:
