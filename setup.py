@@ -23,6 +23,14 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
+import setuptools
+
+if int(setuptools.__version__.partition(".")[0]) < 77:  # met without build isolation only
+    raise SystemExit(
+        f"preact: the build needs setuptools >= 77, found {setuptools.__version__}; "
+        "pip install 'setuptools>=77' wheel ninja"
+    )
+
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext

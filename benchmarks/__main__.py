@@ -91,6 +91,15 @@ def _networks(names: Sequence[str] | None, quick: bool, console: Console) -> lis
     return [network for network in chosen if not available(network)]
 
 
+def _device(name: str) -> torch.device:
+    try:
+        if torch.device(name).type not in ("cpu", "cuda"):
+            raise click.UsageError(f"--device {name}: only cpu and cuda can be timed here")
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise click.UsageError(f"--device {name}: {reason(error)}") from error
+
+
 def run(
     cases: Sequence[Case], settings: Settings, csv: Path, conditions: dict[str, str]
 ) -> list[list[Row]]:
@@ -211,12 +220,7 @@ def main(
         except RuntimeError as error:
             raise click.UsageError(str(error)) from error
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        target = torch.empty(0, device=chosen).device
-    except (RuntimeError, AssertionError) as error:
-        raise click.UsageError(f"--device {chosen}: {error}") from error
-    if target.type not in ("cpu", "cuda"):
-        raise click.UsageError(f"--device {chosen}: only cpu and cuda can be timed here")
+    target = _device(chosen)
     if target.type == "cuda":
         torch.cuda.set_device(target)
         torch.backends.cudnn.benchmark = True  # eager at its best

@@ -193,7 +193,7 @@ def _select(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if state.owner is block:
         for plan in state.plans:
             if plan.signature.args == kinds and plan.signature.kwargs == named and plan.holds():
-                return plan  # type: ignore[no-any-return]
+                return plan
     if torch.compiler.is_compiling() or None in kinds or None in dict(named).values():
         return None
     if state.owner not in (None, block):  # copy.copy shares the original's state

@@ -201,7 +201,7 @@ class _Matcher:
         if len(norm.args) != 1 or norm.kwargs or not isinstance(norm.args[0], Node):
             return "it is not called with one tensor"
         if _is_norm_act(module):
-            act, drop = module.act, module.drop
+            act, drop = module.get_submodule("act"), module.get_submodule("drop")
             self.trace.watch_children(module)
             if type(drop) is not nn.Identity or type(act) not in (nn.ReLU, nn.Identity):
                 inner = act if type(drop) is nn.Identity else drop
@@ -212,7 +212,8 @@ class _Matcher:
             self.trace.watch_module(act)
             if type(act) is nn.ReLU:
                 return self.with_convs(Prefix(norm, norm))
-        relu, inside = norm, []
+        relu = norm
+        inside: list[Node] = []
         while not inside or self.is_transparent(relu):
             if len(relu.users) != 1:
                 return f"its result has {len(relu.users)} uses, where one ReLU was expected"

@@ -155,7 +155,7 @@ class _Shadow:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         record = object.__getattribute__(self, "__dict__").get(_RECORD)
         if record is None:  # built by the forward itself, for example by slicing a Sequential
-            return self.forward(*args, **kwargs)  # type: ignore[attr-defined]
+            return self.forward(*args, **kwargs)
         return record.tracer.call(self, record, args, kwargs)
 
     def __getattribute__(self, name: str) -> Any:
@@ -221,7 +221,7 @@ def make_shadow(
     # ScriptModule and GraphModule keep their code elsewhere; only their call is of interest.
     special = isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule))
     members = dict(nn.Module().__dict__) if special else dict(module.__dict__)
-    shadow = object.__new__(_shadow_class(nn.Module if special else original_class(module)))
+    shadow: Any = object.__new__(_shadow_class(nn.Module if special else original_class(module)))
     records[id(module)] = (shadow, record)
     members.pop(KEY, None)
     for name, value in members.items():

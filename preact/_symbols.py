@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import random
 import sys
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -38,12 +39,18 @@ def kind_of(value: Any) -> Kind:
     return None
 
 
+def _claimed_class(value: Proxy, frame: types.FrameType) -> type:
+    tracer: Any = value.tracer
+    claimed: type = tracer.claimed_class(value, frame)
+    return claimed
+
+
 class Value(Proxy):
     """A symbolic value that answers the forward's ``isinstance`` questions truthfully."""
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        return self.tracer.claimed_class(self, sys._getframe(1))  # type: ignore[no-any-return, attr-defined]
+        return _claimed_class(self, sys._getframe(1))
 
     def __getattr__(self, name: str) -> Any:
         if name in ("_is_param", "_is_buffer"):  # asked by isinstance(x, nn.Parameter)
@@ -54,7 +61,7 @@ class Value(Proxy):
 class ValueAttribute(Attribute):
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        return self.tracer.claimed_class(self, sys._getframe(1))  # type: ignore[no-any-return, attr-defined]
+        return _claimed_class(self, sys._getframe(1))
 
     def __getattr__(self, name: str) -> Attribute:
         return ValueAttribute(self, name)
@@ -82,9 +89,9 @@ def modes() -> tuple[bool, ...]:
 
 
 def has_value(arg: Any) -> bool:
-    if isinstance(arg, (list, tuple)) and type(arg) not in (Value, ValueAttribute):
-        return any(map(has_value, arg))
-    return type(arg) in (Value, ValueAttribute)
+    if type(arg) in (Value, ValueAttribute):
+        return True
+    return isinstance(arg, (list, tuple)) and any(map(has_value, arg))
 
 
 class NoConstants(TorchFunctionMode):
@@ -103,14 +110,19 @@ class NoConstants(TorchFunctionMode):
 
 @contextmanager
 def no_random_numbers() -> Iterator[None]:
-    """Refuses numbers drawn from Python's or NumPy's global generators, and takes them back."""
+    """Takes back numbers drawn from Python's or NumPy's global generators, and refuses them."""
     numpy = sys.modules.get("numpy")
     python_state = random.getstate()
-    numpy_state = numpy.random.get_state(legacy=True) if numpy else None
-    yield
-    if random.getstate() != python_state:
-        random.setstate(python_state)
+    numpy_state: Any = numpy.random.get_state() if numpy else None
+    drawn = False
+    try:
+        yield
+    finally:
+        if random.getstate() != python_state:
+            random.setstate(python_state)
+            drawn = True
+        if numpy and repr(numpy.random.get_state()[2:]) != repr(numpy_state[2:]):  # its position
+            numpy.random.set_state(numpy_state)
+            drawn = True
+    if drawn:
         raise TracingError("it draws random numbers in Python")
-    if numpy and repr(numpy.random.get_state()[2:]) != repr(numpy_state[2:]):  # its position
-        numpy.random.set_state(numpy_state)
-        raise TracingError("it draws random numbers in NumPy")

@@ -113,7 +113,7 @@ class Tracer(TracerBase):
         self.stack = (*outer, (record.path, count))
         try:
             return shadow.forward(*args, **kwargs)
-        except Exception:
+        except Exception:  # whatever cannot be traced remains one step
             for node in list(reversed(self.graph.nodes))[: len(self.graph.nodes) - count]:
                 del self.stacks[node]
                 self.graph.erase_node(node)

@@ -33,10 +33,10 @@ from .prefix import (
 )
 
 UnitSettings = tuple[
-    tuple[float, ...], tuple[bool, ...], tuple[Geometry, ...], "Geometry | None", bool, bool
+    tuple[float, ...], tuple[bool, ...], tuple[Geometry, ...], "Geometry | None", bool, bool, bool
 ]
-"""eps and batch_stats and geometry of each layer, the projection's geometry, save_activation,
-return_statistics."""
+"""eps, batch_stats and geometry of each layer, the projection's geometry; whether a backward may
+follow (without one, no layer's input outlives the next), save_activation, return_statistics."""
 
 
 class BatchNormReLU(torch.autograd.Function):
@@ -200,7 +200,9 @@ class ResidualUnit(torch.autograd.Function):
         ctx: Any, backend: str, input: Tensor, settings: UnitSettings, *parameters: Tensor | None
     ) -> tuple[Tensor, ...]:
         table = backends.table(backend)
-        eps, batch_stats, geometries, projection, save_activation, return_statistics = settings
+        eps, batch_stats, geometries, projection, save, save_activation, return_statistics = (
+            settings
+        )
         saved: list[Tensor | None] = []
         inner: list[Tensor] = []
         x, shortcut = input, input
@@ -216,7 +218,8 @@ class ResidualUnit(torch.autograd.Function):
                 projection_weight, projection_bias = parameters[-2:]
                 assert projection_weight is not None
                 shortcut = convolve(activation, projection_weight, projection_bias, projection)
-            saved += [x, mean, var, activation if save_activation else None]
+            if save:
+                saved += [x, mean, var, activation if save_activation else None]
             x = convolve(activation, conv_weight, conv_bias, geometry)
         statistics: tuple[Tensor, ...] = ()
         if return_statistics:
@@ -226,14 +229,15 @@ class ResidualUnit(torch.autograd.Function):
             output = x + shortcut
         ctx.mark_non_differentiable(*statistics, *inner)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*saved, *parameters)
+        if save:
+            ctx.save_for_backward(*saved, *parameters)
         ctx.settings = (backend, settings)
         return (output, *statistics, *inner)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         backend, settings = ctx.settings
-        eps, batch_stats, geometries, projection, _, _ = settings
+        eps, batch_stats, geometries, projection, *_ = settings
         layers = len(geometries)
         saved = ctx.saved_tensors
         parameters = saved[4 * layers :]
@@ -301,7 +305,7 @@ def _eager_unit(
     parameters: Sequence[Tensor | None],
 ) -> Tensor:
     """The unit in operations autograd differentiates any number of times."""
-    eps, batch_stats, geometries, projection, _, _ = settings
+    eps, batch_stats, geometries, projection, *_ = settings
     x, shortcut = input, input
     for index, geometry in enumerate(geometries):
         weight, bias, mean, var, conv_weight, conv_bias = parameters[6 * index : 6 * index + 6]

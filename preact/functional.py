@@ -329,6 +329,7 @@ def residual_unit(
         tuple(norm.training for norm, _ in layers),
         tuple(geometries[: len(layers)]),
         geometries[-1] if projection is not None else None,
+        torch.is_grad_enabled(),
         save_activation,
         return_statistics,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
+from . import backends
 from ._block import BlockState, FusedBlock, Plan, become, fused_class
 from ._matching import is_norm, norm_reason
 from ._shadow import KEY, original_class
@@ -41,6 +43,8 @@ class FusionReport:
 
     fused: list[ReportEntry] = field(default_factory=list)
     skipped: list[ReportEntry] = field(default_factory=list)
+    backend: str = ""
+    """What runs the fused operations where the model is now, and why if that is eager PyTorch."""
 
     @property
     def counts(self) -> dict[str, int]:
@@ -56,13 +60,15 @@ class FusionReport:
             width = max(len(name) for _, name, _ in rows)
             lines = [f"{state:8}{name:{width}}  {reason}" for state, name, reason in rows]
         summary = ", ".join(f"{number} {kind}" for kind, number in self.counts.items())
-        return "\n".join([*lines, f"{len(rows)} normalisation layers: {summary}"])
+        lines.append(f"{len(rows)} normalisation layers: {summary}")
+        return "\n".join([*lines, f"backend: {self.backend}"])
 
 
 class _Fuser:
     """One pass over a model, from the innermost modules out."""
 
     def __init__(self, model: nn.Module, filter_fn: Filter | None, save_activation: bool) -> None:
+        self.model = model
         self.names: dict[nn.Module, list[str]] = {}
         for name, module in model.named_modules(remove_duplicate=False):
             self.names.setdefault(module, []).append(name)
@@ -159,7 +165,7 @@ class _Fuser:
         return None
 
     def report(self) -> FusionReport:
-        report = FusionReport()
+        report = FusionReport(backend=_backend(self.model))
         for module, names in self.names.items():
             if not is_norm(module):
                 continue
@@ -170,6 +176,19 @@ class _Fuser:
                 reason = norm_reason(module) or self.reasons.get(module, "no forward reaches it")
                 report.skipped.append(ReportEntry(name, reason))
         return report
+
+
+def _backend(model: nn.Module) -> str:
+    tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
+    device = "cpu" if tensor is None else tensor.device.type
+    try:
+        chosen = backends.choose(device)
+    except RuntimeError as error:
+        return str(error)
+    reason = backends.available(device)["cpp"]
+    if chosen == "reference" and reason:
+        return f"eager PyTorch on {device}: {reason}"
+    return f"{chosen} on {device}"
 
 
 def _signature(block: nn.Module) -> Signature:

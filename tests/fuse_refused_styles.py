@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from fuse_styles import Basic, C, Style, conv3
@@ -84,6 +85,11 @@ class CountsCalls(Basic):
 class RandomPath(Basic):
     def forward(self, x: Tensor) -> Tensor:
         return self.branch(x) if random.random() < 2 else x
+
+
+class NumpyPath(Basic):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.branch(x) if np.random.rand() < 2 else x
 
 
 class RandomTensor(Basic):
@@ -187,6 +193,7 @@ LEFT_ALONE: dict[str, Style] = {
     "appends_result": Style(AppendsResult, (), "writes 'seen'"),
     "counts_calls": Style(CountsCalls, (), "writes 'calls'"),
     "random_path": Style(RandomPath, (), "random numbers"),
+    "numpy_path": Style(NumpyPath, (), "random numbers"),
     "random_tensor": Style(RandomTensor, (), "torch.rand"),
     "no_grad": Style(NoGrad, (), "switches"),
     "autocast": Style(Autocast, (), "switches"),

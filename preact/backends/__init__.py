@@ -80,7 +80,7 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def _choose(forced: str | None, device_type: str) -> str:
     wanted = forced or _forced_by_environment()
     if wanted is not None:
