@@ -24,9 +24,6 @@ SCHEMAS: dict[str, str] = {
     "batch_norm_relu_backward_reduce": (
         f"(Tensor grad_output, Tensor input, {_NORM}, float eps) -> (Tensor, Tensor)"
     ),
-    "batch_norm_relu_backward_reduce_recompute": (
-        f"(Tensor grad_output, Tensor input, {_NORM}, float eps) -> (Tensor, Tensor, Tensor)"
-    ),
     "batch_norm_relu_backward_apply": (
         f"(Tensor grad_output, Tensor input, {_NORM}, Tensor? grad_weight, Tensor? grad_bias,"
         " Tensor? grad_skip, float eps) -> Tensor"
@@ -62,10 +59,6 @@ def _fake_reduce(grad_output: Tensor, input: Tensor, *_: Any) -> tuple[Tensor, .
     return _vectors(input, 2)
 
 
-def _fake_reduce_recompute(grad_output: Tensor, input: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return (*_vectors(input, 2), _like(input))
-
-
 def _fake_backward_apply(grad_output: Tensor, input: Tensor, *_: Any) -> Tensor:
     return _like(input)
 
@@ -75,7 +68,6 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "batch_norm_relu": _fake_apply,
     "identity_add": _fake_identity_add,
     "batch_norm_relu_backward_reduce": _fake_reduce,
-    "batch_norm_relu_backward_reduce_recompute": _fake_reduce_recompute,
     "batch_norm_relu_backward_apply": _fake_backward_apply,
 }
 

@@ -83,49 +83,43 @@ def prefix_backward(
 ) -> PrefixGradients:
     """Backward of one BN-ReLU feeding ``weights``; ``grad_skip`` joins the gradient of ``input``.
 
-    The gradient of the activation comes first, so that one pass over it and ``input`` both reduces
-    the two sums and writes the activation that the weights' gradients read.
+    Each convolution gives its gradients in one call: a second call costs the library's set-up and
+    its reorders again, more than the pass that computing activation and sums together would save.
     """
     vectors = (norm.mean, norm.var, norm.weight, norm.bias)
     reduce = needs.norm or (needs.input and norm.batch_stats)
+    wants_input = reduce or needs.input
+    if activation is None and any(weight for weight, _ in needs.convs):
+        activation = activate(table, input, norm, weights[0].dtype)
+    # Where no weight needs a gradient the convolution reads only the shape of its input.
+    source = input if activation is None else activation
+
     grad_activation: Tensor | None = None
-    if reduce or needs.input:
-        for weight, geometry, grad in zip(weights, geometries, grad_outputs, strict=True):
-            if grad is None:
-                continue
-            shape_of = input if input.dtype == weight.dtype else input.to(weight.dtype)
-            part = convolve_backward(grad, shape_of, weight, geometry, [True, False, False])[0]
-            assert part is not None
-            grad_activation = part if grad_activation is None else grad_activation + part
-        grad_activation = cast_like(grad_activation, input)
-
-    wants_activation = activation is None and any(weight for weight, _ in needs.convs)
-    grad_weight: Tensor | None = None
-    grad_bias: Tensor | None = None
-    if grad_activation is not None and reduce:
-        if wants_activation:
-            grad_weight, grad_bias, activation = table.batch_norm_relu_backward_reduce_recompute(
-                grad_activation, input, *vectors, norm.eps
-            )
-        else:
-            grad_weight, grad_bias = table.batch_norm_relu_backward_reduce(
-                grad_activation, input, *vectors, norm.eps
-            )
-    elif wants_activation:
-        activation = table.batch_norm_relu(input, *vectors, norm.eps)
-
     convs: list[tuple[Tensor | None, Tensor | None]] = []
     for weight, geometry, grad, (wants_weight, wants_bias) in zip(
         weights, geometries, grad_outputs, needs.convs, strict=True
     ):
-        if grad is None or not (wants_weight or wants_bias):
-            convs.append((None, None))
-            continue
-        source = input if activation is None else activation
-        if source.dtype != weight.dtype:
-            source = source.to(weight.dtype)
-        convs.append(
-            convolve_backward(grad, source, weight, geometry, [False, wants_weight, wants_bias])[1:]
+        part: Tensor | None = None
+        of_weight: Tensor | None = None
+        of_bias: Tensor | None = None
+        if grad is not None and (wants_input or wants_weight or wants_bias):
+            part, of_weight, of_bias = convolve_backward(
+                grad,
+                source if source.dtype == weight.dtype else source.to(weight.dtype),
+                weight,
+                geometry,
+                [wants_input, wants_weight, wants_bias],
+            )
+        convs.append((of_weight, of_bias))
+        if part is not None:
+            grad_activation = part if grad_activation is None else grad_activation + part
+    grad_activation = cast_like(grad_activation, input)
+
+    grad_weight: Tensor | None = None
+    grad_bias: Tensor | None = None
+    if grad_activation is not None and reduce:
+        grad_weight, grad_bias = table.batch_norm_relu_backward_reduce(
+            grad_activation, input, *vectors, norm.eps
         )
 
     grad_input = grad_skip if needs.input else None

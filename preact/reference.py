@@ -103,22 +103,6 @@ def batch_norm_relu_backward_reduce(
     return (grad_z * centred).sum(dims) * invstd, grad_z.sum(dims)
 
 
-def batch_norm_relu_backward_reduce_recompute(
-    grad_output: Tensor,
-    input: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The two sums, and the forward's activation once more for the weight gradient to read."""
-    grad_weight, grad_bias = batch_norm_relu_backward_reduce(
-        grad_output, input, mean, var, weight, bias, eps
-    )
-    return grad_weight, grad_bias, batch_norm_relu(input, mean, var, weight, bias, eps)
-
-
 def batch_norm_relu_backward_apply(
     grad_output: Tensor,
     input: Tensor,

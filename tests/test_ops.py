@@ -108,9 +108,10 @@ def test_every_op_equals_its_formula(dtype, shape, layout, affine):
         # The terms of a sum may cancel: its error is judged by their magnitude.
         spread = float(magnitude.max()) * torch.finfo(result.dtype).eps * 32
         assert error(result, value) <= spread + floor(result, value), name
-    *again, activation = OPS.batch_norm_relu_backward_reduce_recompute(grad, x, *vectors, 1e-5)
-    assert all(torch.equal(a, b) for a, b in zip(sums, again, strict=True))
-    assert torch.equal(activation, output), "the recomputed activation differs from the forward's"
+    # Bit for bit the forward's mask: with constant statistics and a weight, dx is zero where dz is.
+    ones = torch.ones_like(x)
+    passed = OPS.batch_norm_relu_backward_apply(ones, x, *vectors, None, None, None, 1e-5)
+    assert torch.equal(passed != 0, output > 0), "the backward's mask differs from the forward's"
 
     for given in (sums, (None, None)):
         for extra in (None, skip):

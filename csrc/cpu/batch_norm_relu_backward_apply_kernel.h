@@ -4,6 +4,7 @@
 template <typename T, bool Sums, bool Skip>
 struct BackwardApplyPass {
   using A = accumulate_t<T>;
+  static constexpr int kMaps = Skip ? 4 : 3;
   ChannelAffine<A> affine;
   const A* slope;
   const A* offset;

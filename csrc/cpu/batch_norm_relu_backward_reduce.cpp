@@ -3,13 +3,11 @@
 #include "cpu/host.h"
 
 namespace preact::cpu {
-namespace {
 
-// Gradients of weight and bias; fills `activation`, dense like input, where it is given.
-std::tuple<Tensor, Tensor> reduce(const Tensor& grad_output_, const Tensor& input_,
-                                  const Tensor& mean, const Tensor& var,
-                                  const OptionalTensor& weight, const OptionalTensor& bias,
-                                  double eps, const Tensor* activation) {
+// Gradients of weight and bias: sums of dz * xhat and of dz, with dz = grad_output under the mask.
+std::tuple<Tensor, Tensor> batch_norm_relu_backward_reduce(
+    const Tensor& grad_output_, const Tensor& input_, const Tensor& mean, const Tensor& var,
+    const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
   check_like(grad_output_, input_, "grad_output");
   const MemoryFormat format = memory_format_of(input_);
   const Tensor input = dense(input_, format), grad_output = dense(grad_output_, format);
@@ -20,11 +18,10 @@ std::tuple<Tensor, Tensor> reduce(const Tensor& grad_output_, const Tensor& inpu
   dispatch(input.scalar_type(), [&]<typename T>() {
     using A = accumulate_t<T>;
     const Affine<A> affine(input, mean, var, weight, bias, eps);
-    T* const written = activation == nullptr ? nullptr : mutable_data<T>(*activation);
     const auto task = PREACT_SELECT(batch_norm_relu_backward_reduce_task, T);
     torch::stable::parallel_for(0, chunks.tasks(map), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        task(data<T>(grad_output), data<T>(input), written, map, chunks, affine.mean.data(),
+        task(data<T>(grad_output), data<T>(input), map, chunks, affine.mean.data(),
              affine.scale.data(), affine.bias.data(), i, sums.first.data(), sums.second.data());
       }
     });
@@ -40,28 +37,9 @@ std::tuple<Tensor, Tensor> reduce(const Tensor& grad_output_, const Tensor& inpu
   return {grad_weight, grad_bias};
 }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor> batch_norm_relu_backward_reduce(
-    const Tensor& grad_output, const Tensor& input, const Tensor& mean, const Tensor& var,
-    const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
-  return reduce(grad_output, input, mean, var, weight, bias, eps, nullptr);
-}
-
-std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_backward_reduce_recompute(
-    const Tensor& grad_output, const Tensor& input, const Tensor& mean, const Tensor& var,
-    const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
-  Tensor activation = empty_like(input, memory_format_of(input));
-  auto [grad_weight, grad_bias] =
-      reduce(grad_output, input, mean, var, weight, bias, eps, &activation);
-  return {grad_weight, grad_bias, activation};
-}
-
 }  // namespace preact::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(preact, CPU, m) {
   m.impl("batch_norm_relu_backward_reduce",
          TORCH_BOX(&preact::cpu::batch_norm_relu_backward_reduce));
-  m.impl("batch_norm_relu_backward_reduce_recompute",
-         TORCH_BOX(&preact::cpu::batch_norm_relu_backward_reduce_recompute));
 }

@@ -3,14 +3,14 @@
 // Values per channel summed in the element's own accumulation type before they join the double sum.
 constexpr int64_t kSumRows = 512;
 
-// Sums of dz and dz * (x - mean); writes the activation too where `activation` is given.
-template <typename T, bool Recompute>
+// Sums of dz and dz * (x - mean).
+template <typename T>
 struct ReducePass {
   using A = accumulate_t<T>;
+  static constexpr int kMaps = 2;
   ChannelAffine<A> affine;
   const T* grad_output;
   const T* input;
-  T* activation;
   A* sum_dz;
   A* sum_dz_x;
 
@@ -28,7 +28,6 @@ struct ReducePass {
     const auto centred = P::load(input + i) - regs.affine.mean;
     const auto z = regs.affine.z(centred);
     const auto dz = where_active(z, P::load(grad_output + i));
-    if constexpr (Recompute) P::store(activation + i, where_active(z, z));
     regs.dz += dz;
     regs.dz_x = madd(dz, centred, regs.dz_x);
   }
@@ -40,10 +39,13 @@ struct ReducePass {
 };
 
 // Tasks as in statistics_task; results at sum_dz[task * width] and sum_dz_x[task * width].
-template <typename T, bool Recompute>
-void reduce_task(const T* grad_output, const T* input, T* activation, const FeatureMap& map,
-                 const Chunks& chunks, const accumulate_t<T>* mean, const accumulate_t<T>* scale,
-                 const accumulate_t<T>* bias, int64_t task, double* sum_dz, double* sum_dz_x) {
+template <typename T>
+void batch_norm_relu_backward_reduce_task(const T* grad_output, const T* input,
+                                          const FeatureMap& map, const Chunks& chunks,
+                                          const accumulate_t<T>* mean,
+                                          const accumulate_t<T>* scale,
+                                          const accumulate_t<T>* bias, int64_t task,
+                                          double* sum_dz, double* sum_dz_x) {
   using A = accumulate_t<T>;
   const int64_t width = map.channels_last ? map.channels : 1;
   const int64_t channel = map.channels_last ? 0 : task % map.channels;
@@ -53,9 +55,8 @@ void reduce_task(const T* grad_output, const T* input, T* activation, const Feat
   std::fill(sum_dz, sum_dz + width, 0.0);
   std::fill(sum_dz_x, sum_dz_x + width, 0.0);
   // A plane's pass addresses its one channel as channel 0.
-  const ReducePass<T, Recompute> pass{{mean + channel, scale + channel, bias + channel},
-                                      grad_output, input, activation, sums.data(),
-                                      sums.data() + width};
+  const ReducePass<T> pass{{mean + channel, scale + channel, bias + channel},
+                           grad_output, input, sums.data(), sums.data() + width};
   const int64_t stop = chunks.end(map, task);
   for (int64_t row = chunks.begin(map, task); row < stop;) {
     if (map.channels_last) {
@@ -72,21 +73,5 @@ void reduce_task(const T* grad_output, const T* input, T* activation, const Feat
       sum_dz_x[c] += sums[width + c];
       sums[c] = sums[width + c] = 0;
     }
-  }
-}
-
-template <typename T>
-void batch_norm_relu_backward_reduce_task(const T* grad_output, const T* input, T* activation,
-                                          const FeatureMap& map, const Chunks& chunks,
-                                          const accumulate_t<T>* mean,
-                                          const accumulate_t<T>* scale,
-                                          const accumulate_t<T>* bias, int64_t task,
-                                          double* sum_dz, double* sum_dz_x) {
-  if (activation == nullptr) {
-    reduce_task<T, false>(grad_output, input, activation, map, chunks, mean, scale, bias, task,
-                          sum_dz, sum_dz_x);
-  } else {
-    reduce_task<T, true>(grad_output, input, activation, map, chunks, mean, scale, bias, task,
-                         sum_dz, sum_dz_x);
   }
 }

@@ -24,6 +24,7 @@ struct ChannelAffine {
 template <typename T>
 struct ApplyPass {
   using A = accumulate_t<T>;
+  static constexpr int kMaps = 2;
   ChannelAffine<A> affine;
   const T* input;
   T* output;

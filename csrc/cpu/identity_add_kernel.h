@@ -3,6 +3,7 @@
 // Adds and writes, then hands the sum on as it will be read back.
 template <typename T>
 struct AddSource {
+  static constexpr int kMaps = 3;
   const T* input;
   const T* other;  // null: the sum was written before, read it again
   T* output;

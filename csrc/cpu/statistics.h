@@ -40,6 +40,7 @@ struct ShiftedSums {
 template <typename T, typename Source>
 struct StatisticsPass {
   using A = accumulate_t<T>;
+  static constexpr int kMaps = Source::kMaps;
   Source source;
   ShiftedSums<A> sums;
 
@@ -59,6 +60,7 @@ struct StatisticsPass {
 
 template <typename T>
 struct InputSource {
+  static constexpr int kMaps = 1;
   const T* input;
   template <typename P>
   PREACT_INLINE typename P::reg load(int64_t i) const {

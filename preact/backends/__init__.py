@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -80,8 +80,7 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-@torch.compiler.assume_constant_result
-def _choose(forced: str | None, device_type: str) -> str:
+def _decide(forced: str | None, device_type: str) -> str:
     wanted = forced or _forced_by_environment()
     if wanted is not None:
         reason = _why_not(wanted, device_type)
@@ -97,7 +96,10 @@ def _choose(forced: str | None, device_type: str) -> str:
     return "reference"
 
 
+# A constant to torch.compile, so that nothing loads a library while a graph is traced.
+_choose: Callable[[str | None, str], str] = torch.compiler.assume_constant_result(_decide)
+
+
 def choose(device_type: str) -> str:
     """The backend for a device; raises ``RuntimeError`` where a forced one cannot run."""
-    chosen: str = _choose(_forced, device_type)
-    return chosen
+    return _choose(_forced, device_type)
