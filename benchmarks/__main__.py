@@ -91,6 +91,24 @@ def _networks(names: Sequence[str] | None, quick: bool, console: Console) -> lis
     return [network for network in chosen if not available(network)]
 
 
+def _dtypes(
+    names: Sequence[str] | None, quick: bool, target: torch.device, console: Console
+) -> Sequence[str]:
+    """Those named, else all the device is made for."""
+    if names is not None:
+        return names
+    if quick:
+        return DTYPES[:1]
+    if target.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        console.print(
+            "left out: bfloat16, whose convolutions this processor emulates at a tenth of float32's"
+            " speed; --dtypes all includes it",
+            style="yellow",
+        )
+        return DTYPES[:1]
+    return DTYPES
+
+
 def _device(name: str) -> torch.device:
     try:
         if torch.device(name).type not in ("cpu", "cuda"):
@@ -160,7 +178,9 @@ def _succeeded(results: Sequence[Sequence[Row]]) -> bool:
 @click.option("--quick", is_flag=True, help="About a minute: preresnet20, float32, no compile.")
 @click.option("--networks", type=_Choices(NETWORKS), help="Names with commas, or all.")
 @click.option("--providers", type=_Choices(PROVIDERS), help="Eager always runs.  [all]")
-@click.option("--dtypes", type=_Choices(DTYPES), help="bfloat16 is autocast.  [all]")
+@click.option(
+    "--dtypes", type=_Choices(DTYPES), help="bfloat16 is autocast.  [those the device has]"
+)
 @click.option("--modes", type=_Choices(MODES), default="all", show_default=True)
 @click.option("--layouts", type=_Choices(LAYOUTS), default="all", show_default=True)
 @click.option("--device", help="cuda, cuda:1, cpu.  [cuda if there is one, else cpu]")
@@ -233,7 +253,7 @@ def main(
     cases = [
         Case(network, dtype, mode)
         for network in _networks(networks, quick, console)
-        for dtype in (dtypes or (DTYPES[:1] if quick else DTYPES))
+        for dtype in _dtypes(dtypes, quick, target, console)
         for mode in modes
     ]
     conditions = hardware.describe(target, allocator)

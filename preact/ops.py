@@ -28,6 +28,10 @@ SCHEMAS: dict[str, str] = {
         f"(Tensor grad_output, Tensor input, {_NORM}, Tensor? grad_weight, Tensor? grad_bias,"
         " Tensor? grad_skip, float eps) -> Tensor"
     ),
+    "conv2d_weight_gradient": (
+        "(Tensor grad_output, Tensor input, int kernel_h, int kernel_w, int stride_h,"
+        " int stride_w, int padding_h, int padding_w, int dilation_h, int dilation_w) -> Tensor"
+    ),
 }
 
 _library = torch.library.Library("preact", "DEF")
@@ -63,12 +67,22 @@ def _fake_backward_apply(grad_output: Tensor, input: Tensor, *_: Any) -> Tensor:
     return _like(input)
 
 
+def _fake_weight_gradient(
+    grad_output: Tensor, input: Tensor, kernel_h: int, kernel_w: int, *_: int
+) -> Tensor:
+    shape = (grad_output.size(1), input.size(1), kernel_h, kernel_w)
+    return torch.empty(
+        shape, dtype=input.dtype, device=input.device, memory_format=torch.channels_last
+    )
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "batch_norm_stats": _fake_stats,
     "batch_norm_relu": _fake_apply,
     "identity_add": _fake_identity_add,
     "batch_norm_relu_backward_reduce": _fake_reduce,
     "batch_norm_relu_backward_apply": _fake_backward_apply,
+    "conv2d_weight_gradient": _fake_weight_gradient,
 }
 
 for _name, _schema in SCHEMAS.items():

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .backends import cpp
+
 Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
 """Stride, padding, dilation and groups of a convolution."""
 
@@ -37,15 +39,34 @@ def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
 
 
 def convolve_backward(
-    grad_output: Tensor, input: Tensor, weight: Tensor, geometry: Geometry, mask: list[bool]
+    table: Any,
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    mask: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of a convolution's input, weight and bias, those that ``mask`` asks for."""
     stride, padding, dilation, groups = geometry
-    bias_sizes = [weight.size(0)] if mask[2] else None
-    return torch.ops.aten.convolution_backward.default(
-        grad_output, input, weight, bias_sizes, stride, padding, dilation, False, [0, 0], groups,
-        mask,
+    wants_input, wants_weight, wants_bias = mask
+    grad_weight: Tensor | None = None
+    if (
+        wants_weight
+        and not wants_bias
+        and cpp.prefers_weight_gradient(grad_output, input, weight, groups)
+    ):
+        kernel = (weight.size(2), weight.size(3))
+        grad_weight = table.conv2d_weight_gradient(
+            grad_output, input, *kernel, *stride, *padding, *dilation
+        )
+        if not wants_input:
+            return None, grad_weight, None
+    found = torch.ops.aten.convolution_backward.default(
+        grad_output, input, weight, [weight.size(0)] if wants_bias else None, stride, padding,
+        dilation, False, [0, 0], groups,
+        [wants_input, wants_weight and grad_weight is None, wants_bias],
     )  # fmt: skip
+    return found[0], found[1] if grad_weight is None else grad_weight, found[2]
 
 
 def cast_like(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
@@ -104,6 +125,7 @@ def prefix_backward(
         of_bias: Tensor | None = None
         if grad is not None and (wants_input or wants_weight or wants_bias):
             part, of_weight, of_bias = convolve_backward(
+                table,
                 grad,
                 source if source.dtype == weight.dtype else source.to(weight.dtype),
                 weight,

@@ -127,11 +127,14 @@ class CountConvolutionBackward(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten.convolution_backward.default:
             self.counts = [a + b for a, b in zip(self.counts, args[-1], strict=True)]
+        if func is torch.ops.preact.conv2d_weight_gradient.default:
+            self.counts[1] += 1
         if "backward_reduce" in str(func):
             self.reduces += 1
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("size", [4, 8], ids=["library's", "own"])
 @pytest.mark.parametrize(
     ("frozen", "input_needs", "expected", "reduces"),
     [
@@ -144,11 +147,11 @@ class CountConvolutionBackward(TorchDispatchMode):
         (("bn1", "conv1", "bn2", "conv2"), True, [2, 0, 0], 2),
     ],
 )
-def test_no_gradient_nobody_asked_for(frozen, input_needs, expected, reduces):
+def test_no_gradient_nobody_asked_for(frozen, input_needs, expected, reduces, size):
     block = preact.PreActBasicBlock(16, 16)
     for name in frozen:
         getattr(block, name).requires_grad_(False)
-    x = torch.randn(2, 16, 4, 4, requires_grad=input_needs)
+    x = torch.randn(2, 16, size, size, requires_grad=input_needs)
     loss = block(x).sum()
     with CountConvolutionBackward() as counter:
         loss.backward()

@@ -8,6 +8,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "common/conv2d_shape.h"
 #include "common/feature_map.h"
 #include "common/moments.h"
 #include "cpu/capability.h"

@@ -84,7 +84,8 @@ struct Pack {
   using reg = std::conditional_t<std::is_same_v<A, double>, DoubleVector, FloatVector>;
   static constexpr int lanes = PREACT_VECTOR_BYTES / static_cast<int>(sizeof(A));
 
-  static PREACT_INLINE reg broadcast(A value) { return reg{} + value; }
+  // Less zero, not plus zero: the one is the value itself to the compiler, the other an addition.
+  static PREACT_INLINE reg broadcast(A value) { return value - reg{}; }
   static PREACT_INLINE A sum(reg value) {
     A total = value[0];
     for (int i = 1; i < lanes; ++i) total += value[i];

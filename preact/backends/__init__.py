@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -80,7 +80,9 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def _decide(forced: str | None, device_type: str) -> str:
+# Nothing must load a library while a graph is traced.
+@cpp.constant_to_compile
+def _choose(forced: str | None, device_type: str) -> str:
     wanted = forced or _forced_by_environment()
     if wanted is not None:
         reason = _why_not(wanted, device_type)
@@ -94,10 +96,6 @@ def _decide(forced: str | None, device_type: str) -> str:
         _reported.add(device_type)
         _log.info("running eager PyTorch on %s: %s", device_type, reason)
     return "reference"
-
-
-# A constant to torch.compile, so that nothing loads a library while a graph is traced.
-_choose: Callable[[str | None, str], str] = torch.compiler.assume_constant_result(_decide)
 
 
 def choose(device_type: str) -> str:

@@ -4,9 +4,25 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from torch import Tensor
+
+Decided = TypeVar("Decided", bound=Callable[..., object])
+
+
+def constant_to_compile(function: Decided) -> Decided:
+    """Mark a function whose result torch.compile takes as it is, without tracing into it.
+
+    The mark of ``torch.compiler.assume_constant_result``, which would import Dynamo and Triton.
+    """
+    setattr(function, "_dynamo_marked_constant", True)  # noqa: B010
+    return function
+
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -37,6 +53,37 @@ def why_not(device_type: str) -> str:
     if device_type == "cuda":
         return load() or load("_C_cuda")
     return f"no native kernels for device type {device_type}"
+
+
+@constant_to_compile
+@functools.cache
+def _own_weight_gradients() -> bool:
+    choice = os.environ.get("PREACT_CONV", "auto")
+    if choice not in ("auto", "library"):
+        raise ValueError(f"PREACT_CONV must be auto or library, got {choice!r}")
+    return choice == "auto" and cpu_capability() == "AVX2"
+
+
+def prefers_weight_gradient(
+    grad_output: Tensor, input: Tensor, weight: Tensor, groups: int
+) -> bool:
+    """Whether ``conv2d_weight_gradient`` is to be used in place of PyTorch's own.
+
+    Measured with AVX2: PyTorch's takes 1.2 to 2.3 times as long for 3x3 kernels on images of 7x7
+    to 56x56, and less for 1x1 kernels and for large weights; with AVX-512 it is near the
+    processor's peak and stays. ``PREACT_CONV=library`` switches the choice off.
+    """
+    _, channels, kernel_h, kernel_w = weight.shape
+    return (
+        input.device.type == "cpu"
+        and input.dtype == grad_output.dtype == torch.float32
+        and groups == 1
+        and kernel_h * kernel_w > 1
+        and channels % 16 == 0
+        and weight.numel() <= 300_000
+        and grad_output.size(2) * grad_output.size(3) >= 49
+        and _own_weight_gradients()
+    )
 
 
 def cpu_capability() -> str:
