@@ -1,0 +1,34 @@
+"""What launchers need to know of a device; asked at a launch, never at import."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+
+class Properties(NamedTuple):
+    name: str
+    capability: int
+    """90 for sm_90."""
+    multiprocessors: int
+
+
+# The interpreter has no device; a launcher then decides as for this one.
+WRITTEN_DEFAULT = Properties("none", 90, 132)
+
+
+@functools.cache
+def _of_gpu(index: int) -> Properties:
+    found = torch.cuda.get_device_properties(index)
+    return Properties(
+        found.name, found.major * 10 + found.minor, found.multi_processor_count
+    )  # fmt: skip
+
+
+def properties(device: torch.device) -> Properties:
+    """Those of a GPU, or of ``WRITTEN_DEFAULT`` for any other device."""
+    if device.type != "cuda":
+        return WRITTEN_DEFAULT
+    return _of_gpu(torch.cuda.current_device() if device.index is None else device.index)
