@@ -1,0 +1,163 @@
+"""What the convolutions share: normalising a tile, forming a pending gradient, and the launch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import reference
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@triton.jit
+def load_norm(
+    mean_ptr,
+    var_ptr,
+    weight_ptr,
+    bias_ptr,
+    channel,
+    mask,
+    eps,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """Mean, scale and bias of ``channel``; nought where ``mask`` is false."""
+    mean = tl.load(mean_ptr + channel, mask, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.load(var_ptr + channel, mask, other=1.0).to(tl.float32) + eps)
+    if HAS_WEIGHT:
+        scale = scale * tl.load(weight_ptr + channel, mask, other=0.0).to(tl.float32)
+    bias = tl.zeros_like(mean)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + channel, mask, other=0.0).to(tl.float32)
+    return mean, scale, bias
+
+
+@triton.jit
+def normalise(x, mean, scale, bias):
+    """``z`` by the arithmetic of every kernel, so that every mask is the same bit for bit."""
+    return (x.to(tl.float32) - mean) * scale + bias
+
+
+@triton.jit
+def load_gradient(
+    grad_ptr,
+    pending_ptr,
+    coefficients_ptr,  # [4, channels]
+    offsets,
+    mask,
+    channel,
+    channels,
+    channel_mask,
+    PENDING: tl.constexpr,
+    CHANNEL_AXIS: tl.constexpr,  # of offsets, 0 or 1
+):
+    """The gradient at ``offsets``, or formed there from its pending parts; nought outside."""
+    grad = tl.load(grad_ptr + offsets, mask, other=0.0)
+    if PENDING:
+        row = coefficients_ptr + channel
+        scale = tl.load(row, channel_mask, other=0.0)
+        slope = tl.load(row + channels, channel_mask, other=0.0)
+        centre = tl.load(row + 2 * channels, channel_mask, other=0.0)
+        offset = tl.load(row + 3 * channels, channel_mask, other=0.0)
+        scale = tl.expand_dims(scale, 1 - CHANNEL_AXIS)
+        slope = tl.expand_dims(slope, 1 - CHANNEL_AXIS)
+        centre = tl.expand_dims(centre, 1 - CHANNEL_AXIS)
+        offset = tl.expand_dims(offset, 1 - CHANNEL_AXIS)
+        x = tl.load(pending_ptr + offsets, mask, other=0.0).to(tl.float32)
+        formed = scale * grad.to(tl.float32) + (slope * (x - centre) + offset)
+        grad = tl.where(mask, formed, 0.0).to(grad.dtype)
+    return grad
+
+
+class Config(NamedTuple):
+    """Tile of a convolution's matrix product, warps and pipeline stages."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+class Sizes(NamedTuple):
+    """A convolution's sizes, in the order in which the kernels take them."""
+
+    height: int
+    width: int
+    channels: int
+    group_in: int
+    out_height: int
+    out_width: int
+    out_channels: int
+    group_out: int
+
+
+def sizes(
+    input: Tensor,
+    conv_weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    **maps: Tensor | None,
+) -> Sizes:
+    """Sizes by ``input`` and the geometry; raises where an argument does not fit.
+
+    ``maps`` are named arguments that must have the shape and type of the convolution's result.
+    """
+    if input.dim() != 4 or input.dtype not in DTYPES:
+        raise RuntimeError(f"input must be [N, C, H, W] of {DTYPES}, got {input.dtype}")
+    batch, channels, height, width = input.shape
+    out_channels, group_in, *kernel = conv_weight.shape
+    if conv_weight.dtype != input.dtype:
+        raise RuntimeError(f"conv_weight must be {input.dtype}, got {conv_weight.dtype}")
+    if group_in * groups != channels or out_channels % groups:
+        raise RuntimeError(f"conv_weight {list(conv_weight.shape)} does not fit input's {channels}")
+    out_height, out_width = (
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, k, s, p, d in zip((height, width), kernel, stride, padding, dilation, strict=True)
+    )
+    expected = (batch, out_channels, out_height, out_width)
+    for name, tensor in maps.items():
+        if tensor is not None and (tensor.shape != expected or tensor.dtype != input.dtype):
+            raise RuntimeError(f"{name} must be {list(expected)} of {input.dtype}")
+    # Pixels and weights are counted in 32 bits; only offsets into a map take 64.
+    if max(batch * max(height * width, out_height * out_width), conv_weight.numel()) >= 2**30:
+        raise RuntimeError("input must have fewer than 2**30 pixels and conv_weight elements")
+    return Sizes(
+        height, width, channels, group_in, out_height, out_width, out_channels,
+        out_channels // groups,
+    )  # fmt: skip
+
+
+def float32_precision(dtype: torch.dtype) -> str:
+    """How ``tl.dot`` multiplies: as the user lets cuDNN, for float32; else it plays no part."""
+    if dtype != torch.float32:
+        return "tf32"
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+
+
+def tile_size(extent: int, most: int) -> int:
+    """The power of two that covers ``extent``, from ``tl.dot``'s least size to ``most``."""
+    return min(max(triton.next_power_of_2(extent), 16), most)
+
+
+def shape_class(rows: int, sizes: Sizes, *rest: object) -> str:
+    """What the fastest configuration depends on; pixels to the next power of two."""
+    parts = (triton.next_power_of_2(rows), sizes.group_in, sizes.group_out, *rest)
+    return " ".join(str(part) for part in parts)
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def like_layout(result: Tensor, like: Tensor) -> Tensor:
+    """``result``, computed in channels_last, in the layout the op promises for ``like``."""
+    return reference.preserve_layout(result, like)

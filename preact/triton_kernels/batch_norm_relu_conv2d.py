@@ -1,0 +1,205 @@
+"""Forward: ``conv2d(relu(bn(input))) + bias + residual`` and the statistics of the result.
+
+An implicit matrix product over channels_last maps: rows are output pixels, columns output channels,
+and the sum runs over blocks of input channels and, for each, the taps of the kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tuning
+from ._partials import merge_moments
+from ._prologue import (
+    Config,
+    Sizes,
+    channels_last,
+    float32_precision,
+    like_layout,
+    load_norm,
+    normalise,
+    shape_class,
+    sizes,
+    tile_size,
+)
+
+
+@triton.jit
+def batch_norm_relu_conv2d_kernel(
+    input_ptr,  # [N, H, W, C]
+    mean_ptr,  # [C], as the next three
+    var_ptr,
+    weight_ptr,
+    bias_ptr,
+    conv_weight_ptr,  # [O, KERNEL_H, KERNEL_W, group_in]
+    conv_bias_ptr,  # [O]
+    residual_ptr,  # [N, P, Q, O]
+    output_ptr,  # [N, P, Q, O]
+    partial_ptr,  # [row tiles, 2, O]: mean and M2
+    rows,  # N * P * Q
+    height,
+    width,
+    channels,
+    group_in,
+    out_height,
+    out_width,
+    out_channels,
+    group_out,
+    stride_h,
+    stride_w,
+    padding_h,
+    padding_w,
+    dilation_h,
+    dilation_w,
+    eps,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    PADDED: tl.constexpr,  # some tap may fall outside the image
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_CONV_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    TAPS: tl.constexpr = KERNEL_H * KERNEL_W
+    # Column tiles of the same rows are neighbours: the input they share stays in the cache.
+    column_tiles = tl.cdiv(group_out, BLOCK_N)
+    row_tile = tl.program_id(0) // column_tiles
+    column = (tl.program_id(0) % column_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    group = tl.program_id(1)
+
+    row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    pixel = row // out_width
+    top = (pixel % out_height) * stride_h - padding_h
+    left = (row % out_width) * stride_w - padding_w
+    image = (pixel // out_height).to(tl.int64)
+    corner = ((image * height + top) * width + left) * channels + group * group_in
+    # No tap of a row past the last is inside the image.
+    top = tl.where(row < rows, top, -(2**30))
+    inner = tl.arange(0, BLOCK_K)
+    conv_weight_row = (group * group_out + column) * (TAPS * group_in)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step in range(tl.cdiv(group_in, BLOCK_K) * TAPS):
+        tap = step % TAPS
+        down = (tap // KERNEL_W) * dilation_h
+        across = (tap % KERNEL_W) * dilation_w
+        channel = (step // TAPS) * BLOCK_K + inner
+        channel_mask = channel < group_in
+        y = top + down
+        x = left + across
+        inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+        shift = (down.to(tl.int64) * width + across) * channels
+        values = tl.load(
+            input_ptr + (corner + shift)[:, None] + channel[None, :],
+            inside[:, None] & channel_mask[None, :],
+            other=0.0,
+        )  # [BLOCK_M, BLOCK_K]
+        mean, scale, bias = load_norm(
+            mean_ptr, var_ptr, weight_ptr, bias_ptr, group * group_in + channel, channel_mask, eps,
+            HAS_WEIGHT, HAS_BIAS,
+        )  # fmt: skip
+        z = normalise(values, mean[None, :], scale[None, :], bias[None, :])
+        if PADDED:
+            # A bound of nought outside costs half of what selecting packed values does.
+            bound = tl.where(inside, float("inf"), 0.0)[:, None]
+            z = tl.minimum(z, bound, propagate_nan=tl.PropagateNan.ALL)
+        activation = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL).to(values.dtype)
+        taps = tl.load(
+            conv_weight_ptr + conv_weight_row[None, :] + (tap * group_in + channel)[:, None],
+            (column < group_out)[None, :] & channel_mask[:, None],
+            other=0.0,
+        )  # [BLOCK_K, BLOCK_N]
+        acc = tl.dot(activation, taps, acc, input_precision=PRECISION)
+
+    out_channel = group * group_out + column
+    column_mask = column < group_out
+    mask = (row < rows)[:, None] & column_mask[None, :]
+    offsets = row.to(tl.int64)[:, None] * out_channels + out_channel[None, :]
+    if HAS_CONV_BIAS:
+        acc += tl.load(conv_bias_ptr + out_channel, column_mask, other=0.0).to(tl.float32)[None, :]
+    if HAS_RESIDUAL:
+        acc += tl.load(residual_ptr + offsets, mask, other=0.0).to(tl.float32)
+    result = acc.to(output_ptr.dtype.element_ty)
+    tl.store(output_ptr + offsets, result, mask)
+
+    rounded = tl.where(mask, result.to(tl.float32), 0.0)
+    count = tl.minimum(rows - row_tile * BLOCK_M, BLOCK_M)
+    tile_mean = tl.sum(rounded, 0) / count
+    # A mean far from zero leaves its rounding in the sum; the residual's sum takes it out.
+    tile_mean += tl.sum(tl.where(mask, rounded - tile_mean[None, :], 0.0), 0) / count
+    deviation = tl.where(mask, rounded - tile_mean[None, :], 0.0)
+    tile_m2 = tl.sum(deviation * deviation, 0)
+    partial = partial_ptr + row_tile.to(tl.int64) * (2 * out_channels) + out_channel
+    tl.store(partial, tile_mean, column_mask)
+    tl.store(partial + out_channels, tile_m2, column_mask)
+
+
+def configs(sizes: Sizes, dtype: torch.dtype, precision: str) -> tuple[Config, ...]:
+    """Tiles worth trying, the one to take unmeasured first."""
+    block_n, block_k = tile_size(sizes.group_out, 128), tile_size(sizes.group_in, 64)
+    if dtype == torch.float32:
+        block_n, block_k = min(block_n, 64), min(block_k, 32)
+        if precision == "ieee":
+            return (Config(64, min(block_n, 32), 16, 4, 2),)
+    return (
+        Config(128, block_n, block_k, 4 if block_n <= 64 else 8, 3),
+        Config(64, block_n, block_k, 4, 3),
+    )
+
+
+def batch_norm_relu_conv2d(
+    input: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    size = sizes(input, conv_weight, stride, padding, dilation, groups, residual=residual)
+    rows = input.size(0) * size.out_height * size.out_width
+    kernel = tuple(conv_weight.shape[2:])
+    precision = float32_precision(input.dtype)
+    source, filters = channels_last(input), channels_last(conv_weight)
+    added = None if residual is None else channels_last(residual)
+    output = torch.empty(
+        (input.size(0), size.out_channels, size.out_height, size.out_width), dtype=input.dtype,
+        device=input.device, memory_format=torch.channels_last,
+    )  # fmt: skip
+
+    def launch(config: Config) -> Tensor:
+        row_tiles = triton.cdiv(rows, config.block_m)
+        partial = mean.new_empty(row_tiles, 2, size.out_channels)
+        grid = (row_tiles * triton.cdiv(size.group_out, config.block_n), groups)
+        batch_norm_relu_conv2d_kernel[grid](
+            source, mean, var, weight, bias, filters, conv_bias, added, output, partial,
+            rows, *size, *stride, *padding, *dilation, eps,
+            KERNEL_H=kernel[0], KERNEL_W=kernel[1], PADDED=max(padding) > 0,
+            HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
+            HAS_CONV_BIAS=conv_bias is not None, HAS_RESIDUAL=residual is not None,
+            PRECISION=precision,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+            num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+        return partial
+
+    key = shape_class(rows, size, kernel, stride, input.dtype, precision)
+    choices = configs(size, input.dtype, precision)
+    config = tuning.select("batch_norm_relu_conv2d", key, choices, launch, input.device)
+    statistics = merge_moments(launch(config), rows, config.block_m)
+    return (like_layout(output, input), *statistics)

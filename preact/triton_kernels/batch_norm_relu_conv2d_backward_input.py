@@ -1,0 +1,239 @@
+"""Backward to the BN-ReLU: gradient of ``z``, masked in the epilogue, and its two sums.
+
+An implicit matrix product: rows are input pixels, columns input channels, and the sum runs over
+blocks of output channels and, for each, the taps that reach the pixel. With a stride the pixels of
+one residue class (h modulo stride_h, w modulo stride_w) share their taps, so each program takes
+rows of one class and no product is with zeros.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tuning
+from ._maps import check_vectors
+from ._partials import merge_sums
+from ._prologue import (
+    Config,
+    Sizes,
+    channels_last,
+    float32_precision,
+    like_layout,
+    load_gradient,
+    load_norm,
+    normalise,
+    shape_class,
+    sizes,
+    tile_size,
+)
+
+
+@triton.jit
+def residue_taps(residue, kernel, stride, padding, dilation, period):
+    """First tap that reaches pixels of ``residue``, and how many do: every ``period``-th."""
+    first = kernel
+    for candidate in range(period):
+        reaches = (residue + padding - candidate * dilation) % stride == 0
+        first = tl.where(reaches & (first == kernel), tl.minimum(candidate, kernel), first)
+    return first, tl.cdiv(kernel - first, period)
+
+
+@triton.jit
+def batch_norm_relu_conv2d_backward_input_kernel(
+    grad_ptr,  # [N, P, Q, O]
+    pending_ptr,  # [N, P, Q, O]: input of the following norm
+    coefficients_ptr,  # [4, O]
+    input_ptr,  # [N, H, W, C]
+    mean_ptr,  # [C], as the next three
+    var_ptr,
+    weight_ptr,
+    bias_ptr,
+    conv_weight_ptr,  # [O, KERNEL_H, KERNEL_W, group_in]
+    grad_z_ptr,  # [N, H, W, C]
+    partial_ptr,  # [classes * row tiles, 2, C]: sums of dz * xhat and of dz
+    rows,  # of the largest class: N * class_height * class_width
+    class_height,
+    class_width,
+    height,
+    width,
+    channels,
+    group_in,
+    out_height,
+    out_width,
+    out_channels,
+    group_out,
+    stride_h,
+    stride_w,
+    padding_h,
+    padding_w,
+    dilation_h,
+    dilation_w,
+    period_h,  # between the taps of a class
+    period_w,
+    eps,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    PENDING: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    TAPS: tl.constexpr = KERNEL_H * KERNEL_W
+    column_tiles = tl.cdiv(group_in, BLOCK_N)
+    row_tile = tl.program_id(0) // column_tiles
+    column = (tl.program_id(0) % column_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column_mask = column < group_in
+    group = tl.program_id(1)
+    residue_h = tl.program_id(2) // stride_w
+    residue_w = tl.program_id(2) % stride_w
+    first_h, taps_h = residue_taps(residue_h, KERNEL_H, stride_h, padding_h, dilation_h, period_h)
+    first_w, taps_w = residue_taps(residue_w, KERNEL_W, stride_w, padding_w, dilation_w, period_w)
+    # Both divide without a remainder, by the choice of first and period.
+    base_h = (residue_h + padding_h - first_h * dilation_h) // stride_h
+    base_w = (residue_w + padding_w - first_w * dilation_w) // stride_w
+    back_h = period_h * dilation_h // stride_h
+    back_w = period_w * dilation_w // stride_w
+
+    row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    line = row // class_width
+    p = line % class_height
+    q = row % class_width
+    image = (line // class_height).to(tl.int64)
+    h = p * stride_h + residue_h
+    w = q * stride_w + residue_w
+    valid = (row < rows) & (h < height) & (w < width)
+    corner = ((image * out_height + p) * out_width + q) * out_channels + group * group_out
+    p = tl.where(valid, p, -(2**30))
+    inner = tl.arange(0, BLOCK_K)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    tap_h = 0
+    tap_w = 0
+    block = 0
+    for _ in range(tl.cdiv(group_out, BLOCK_K) * taps_h * taps_w):
+        out_channel = block + inner
+        out_mask = out_channel < group_out
+        up = base_h - tap_h * back_h
+        left = base_w - tap_w * back_w
+        y = p + up
+        x = q + left
+        inside = (y >= 0) & (y < out_height) & (x >= 0) & (x < out_width)
+        shift = (up.to(tl.int64) * out_width + left) * out_channels
+        grad = load_gradient(
+            grad_ptr, pending_ptr, coefficients_ptr,
+            (corner + shift)[:, None] + out_channel[None, :], inside[:, None] & out_mask[None, :],
+            group * group_out + out_channel, out_channels, out_mask, PENDING, 1,
+        )  # [BLOCK_M, BLOCK_K]  # fmt: skip
+        tap = (first_h + tap_h * period_h) * KERNEL_W + first_w + tap_w * period_w
+        taps = tl.load(
+            conv_weight_ptr
+            + ((group * group_out + out_channel) * (TAPS * group_in) + tap * group_in)[:, None]
+            + column[None, :],
+            out_mask[:, None] & column_mask[None, :],
+            other=0.0,
+        )  # [BLOCK_K, BLOCK_N]
+        acc = tl.dot(grad, taps, acc, input_precision=PRECISION)
+        tap_w += 1
+        next_line = tap_w == taps_w
+        tap_w = tl.where(next_line, 0, tap_w)
+        tap_h = tl.where(next_line, tap_h + 1, tap_h)
+        next_block = tap_h == taps_h
+        tap_h = tl.where(next_block, 0, tap_h)
+        block = tl.where(next_block, block + BLOCK_K, block)
+
+    channel = group * group_in + column
+    mask = valid[:, None] & column_mask[None, :]
+    offsets = ((image * height + h) * width + w)[:, None] * channels + channel[None, :]
+    values = tl.load(input_ptr + offsets, mask, other=0.0)  # [BLOCK_M, BLOCK_N]
+    mean, scale, bias = load_norm(
+        mean_ptr, var_ptr, weight_ptr, bias_ptr, channel, column_mask, eps, HAS_WEIGHT, HAS_BIAS
+    )
+    z = normalise(values, mean[None, :], scale[None, :], bias[None, :])
+    grad_z = tl.where(mask & (z > 0), acc, 0.0).to(grad_z_ptr.dtype.element_ty)
+    tl.store(grad_z_ptr + offsets, grad_z, mask)
+
+    rounded = grad_z.to(tl.float32)
+    invstd = tl.rsqrt(tl.load(var_ptr + channel, column_mask, other=1.0) + eps)
+    centred = values.to(tl.float32) - mean[None, :]
+    tile = (tl.program_id(2) * (tl.num_programs(0) // column_tiles) + row_tile).to(tl.int64)
+    partial = partial_ptr + tile * (2 * channels) + channel
+    tl.store(partial, tl.sum(rounded * centred, 0) * invstd, column_mask)
+    tl.store(partial + channels, tl.sum(rounded, 0), column_mask)
+
+
+def configs(sizes: Sizes, dtype: torch.dtype, precision: str) -> tuple[Config, ...]:
+    """Tiles worth trying, the one to take unmeasured first."""
+    block_n, block_k = tile_size(sizes.group_in, 128), tile_size(sizes.group_out, 64)
+    if dtype == torch.float32:
+        block_n, block_k = min(block_n, 64), min(block_k, 32)
+        if precision == "ieee":
+            return (Config(64, min(block_n, 32), 16, 4, 2),)
+    return (
+        Config(128, block_n, block_k, 4 if block_n <= 64 else 8, 3),
+        Config(64, block_n, block_k, 4, 3),
+    )
+
+
+def batch_norm_relu_conv2d_backward_input(
+    grad_output: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    conv_weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    pending_input: Tensor | None = None,
+    coefficients: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    size = sizes(
+        input, conv_weight, stride, padding, dilation, groups,
+        grad_output=grad_output, pending_input=pending_input,
+    )  # fmt: skip
+    check_vectors(input, mean=mean, var=var, weight=weight, bias=bias)
+    kernel = tuple(conv_weight.shape[2:])
+    precision = float32_precision(input.dtype)
+    pending = None if pending_input is None else channels_last(pending_input)
+    source, filters, grad = map(channels_last, (input, conv_weight, grad_output))
+    grad_z = torch.empty_like(source, memory_format=torch.channels_last)
+    class_height, class_width = (
+        triton.cdiv(size.height, stride[0]),
+        triton.cdiv(size.width, stride[1]),
+    )
+    rows = input.size(0) * class_height * class_width
+    classes = stride[0] * stride[1]
+    periods = [s // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
+
+    def launch(config: Config) -> Tensor:
+        row_tiles = triton.cdiv(rows, config.block_m)
+        partial = mean.new_empty(classes * row_tiles, 2 * size.channels)
+        grid = (row_tiles * triton.cdiv(size.group_in, config.block_n), groups, classes)
+        batch_norm_relu_conv2d_backward_input_kernel[grid](
+            grad, pending, coefficients, source, mean, var, weight, bias, filters, grad_z, partial,
+            rows, class_height, class_width, *size, *stride, *padding, *dilation, *periods, eps,
+            KERNEL_H=kernel[0], KERNEL_W=kernel[1], PENDING=pending is not None,
+            HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, PRECISION=precision,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+            num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+        return partial
+
+    key = shape_class(rows, size, kernel, stride, pending is not None, input.dtype, precision)
+    choices = configs(size, input.dtype, precision)
+    op = "batch_norm_relu_conv2d_backward_input"
+    config = tuning.select(op, key, choices, launch, input.device)
+    sums = merge_sums(launch(config), size.channels, mean.dtype)
+    return (like_layout(grad_z, input), *sums)

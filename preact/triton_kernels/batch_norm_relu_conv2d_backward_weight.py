@@ -1,0 +1,201 @@
+"""Backward to the convolution's weight, with the activation computed again in the prologue.
+
+A matrix product for each tap: rows are output channels, columns input channels, and the sum runs
+over output pixels, split among programs whose partial results a second kernel adds in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import device, tuning
+from ._maps import check_vectors
+from ._partials import TILES, merge_sums
+from ._prologue import (
+    Config,
+    Sizes,
+    channels_last,
+    float32_precision,
+    like_layout,
+    load_gradient,
+    load_norm,
+    normalise,
+    shape_class,
+    sizes,
+    tile_size,
+)
+
+_LEAST_STEPS = 8
+"""Steps of the sum that a program takes at least, so that its partial result is worth writing."""
+
+
+@triton.jit
+def batch_norm_relu_conv2d_backward_weight_kernel(
+    grad_ptr,  # [N, P, Q, O]
+    pending_ptr,  # [N, P, Q, O]: input of the following norm
+    coefficients_ptr,  # [4, O]
+    input_ptr,  # [N, H, W, C]
+    mean_ptr,  # [C], as the next three
+    var_ptr,
+    weight_ptr,
+    bias_ptr,
+    partial_ptr,  # [splits, O, KERNEL_H, KERNEL_W, group_in]
+    rows,  # N * P * Q
+    rows_per_split,
+    height,
+    width,
+    channels,
+    group_in,
+    out_height,
+    out_width,
+    out_channels,
+    group_out,
+    stride_h,
+    stride_w,
+    padding_h,
+    padding_w,
+    dilation_h,
+    dilation_w,
+    eps,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    PADDED: tl.constexpr,  # some tap may fall outside the image
+    PENDING: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    TAPS: tl.constexpr = KERNEL_H * KERNEL_W
+    # Taps and column tiles of one split are neighbours: they read the same pixels.
+    column_tiles = tl.cdiv(group_in, BLOCK_N)
+    tap = tl.program_id(0) % TAPS
+    tile = tl.program_id(0) // TAPS
+    out_channel = (tile // column_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    out_mask = out_channel < group_out
+    column = (tile % column_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column_mask = column < group_in
+    group = tl.program_id(1)
+    top = (tap // KERNEL_W) * dilation_h - padding_h
+    left = (tap % KERNEL_W) * dilation_w - padding_w
+
+    channel = group * group_in + column
+    mean, scale, bias = load_norm(
+        mean_ptr, var_ptr, weight_ptr, bias_ptr, channel, column_mask, eps, HAS_WEIGHT, HAS_BIAS
+    )
+    grad_channel = group * group_out + out_channel
+    first = tl.program_id(2) * rows_per_split
+    last = tl.minimum(first + rows_per_split, rows)
+    inner = tl.arange(0, BLOCK_K)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(first, last, BLOCK_K):
+        row = start + inner
+        row_mask = row < last
+        grad = load_gradient(
+            grad_ptr, pending_ptr, coefficients_ptr,
+            row.to(tl.int64)[:, None] * out_channels + grad_channel[None, :],
+            row_mask[:, None] & out_mask[None, :],
+            grad_channel, out_channels, out_mask, PENDING, 1,
+        )  # [BLOCK_K, BLOCK_M]  # fmt: skip
+        line = row // out_width
+        y = (line % out_height) * stride_h + top
+        x = (row % out_width) * stride_w + left
+        inside = row_mask & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+        pixel = ((line // out_height).to(tl.int64) * height + y) * width + x
+        values = tl.load(
+            input_ptr + pixel[:, None] * channels + channel[None, :],
+            inside[:, None] & column_mask[None, :],
+            other=0.0,
+        )  # [BLOCK_K, BLOCK_N]
+        z = normalise(values, mean[None, :], scale[None, :], bias[None, :])
+        if PADDED:
+            bound = tl.where(inside, float("inf"), 0.0)[:, None]
+            z = tl.minimum(z, bound, propagate_nan=tl.PropagateNan.ALL)
+        activation = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL).to(values.dtype)
+        acc = tl.dot(tl.trans(grad), activation, acc, input_precision=PRECISION)
+
+    out = (tl.program_id(2).to(tl.int64) * out_channels + grad_channel) * TAPS + tap
+    mask = out_mask[:, None] & column_mask[None, :]
+    tl.store(partial_ptr + out[:, None] * group_in + column[None, :], acc, mask)
+
+
+def configs(sizes: Sizes, dtype: torch.dtype, precision: str) -> tuple[Config, ...]:
+    """Tiles worth trying, the one to take unmeasured first; ``block_k`` counts pixels."""
+    block_m, block_n = tile_size(sizes.group_out, 128), tile_size(sizes.group_in, 128)
+    if dtype == torch.float32:
+        block_m, block_n = min(block_m, 64), min(block_n, 64)
+        if precision == "ieee":
+            return (Config(min(block_m, 32), min(block_n, 32), 16, 4, 2),)
+        return (Config(block_m, block_n, 32, 4, 3),)
+    return (
+        Config(block_m, block_n, 64, 4 if block_m * block_n <= 8192 else 8, 3),
+        Config(block_m, min(block_n, 64), 64, 4, 3),
+    )
+
+
+def batch_norm_relu_conv2d_backward_weight(
+    grad_output: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    conv_weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    pending_input: Tensor | None = None,
+    coefficients: Tensor | None = None,
+) -> Tensor:
+    size = sizes(
+        input, conv_weight, stride, padding, dilation, groups,
+        grad_output=grad_output, pending_input=pending_input,
+    )  # fmt: skip
+    check_vectors(input, mean=mean, var=var, weight=weight, bias=bias)
+    out_channels, group_in, *kernel = conv_weight.shape
+    precision = float32_precision(input.dtype)
+    pending = None if pending_input is None else channels_last(pending_input)
+    source, grad = channels_last(input), channels_last(grad_output)
+    rows = input.size(0) * size.out_height * size.out_width
+    processors = device.properties(input.device).multiprocessors
+
+    def launch(config: Config) -> Tensor:
+        tiles = (
+            triton.cdiv(size.group_out, config.block_m)
+            * triton.cdiv(group_in, config.block_n)
+            * kernel[0]
+            * kernel[1]
+        )
+        steps = triton.cdiv(rows, config.block_k)
+        splits = min(triton.cdiv(2 * processors, tiles * groups), steps // _LEAST_STEPS, TILES)
+        steps_per_split = triton.cdiv(steps, max(splits, 1))
+        splits = triton.cdiv(steps, steps_per_split)
+        partial = mean.new_empty(splits, conv_weight.numel())
+        batch_norm_relu_conv2d_backward_weight_kernel[(tiles, groups, splits)](
+            grad, pending, coefficients, source, mean, var, weight, bias, partial,
+            rows, steps_per_split * config.block_k, *size, *stride, *padding, *dilation, eps,
+            KERNEL_H=kernel[0], KERNEL_W=kernel[1], PADDED=max(padding) > 0,
+            PENDING=pending is not None, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
+            PRECISION=precision,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+            num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+        return partial
+
+    key = shape_class(rows, size, *kernel, stride, pending is not None, input.dtype, precision)
+    choices = configs(size, input.dtype, precision)
+    op = "batch_norm_relu_conv2d_backward_weight"
+    config = tuning.select(op, key, choices, launch, input.device)
+    summed, _ = merge_sums(launch(config), conv_weight.numel(), conv_weight.dtype)
+    gradient = summed.view(out_channels, *kernel, group_in).permute(0, 3, 1, 2)
+    return like_layout(gradient, conv_weight)
