@@ -83,6 +83,8 @@ class Config(NamedTuple):
     block_k: int
     warps: int
     stages: int
+    row_taps: int = 1
+    """Taps along a row that one tile of the input serves: 1, or all three at once."""
 
 
 class Sizes(NamedTuple):

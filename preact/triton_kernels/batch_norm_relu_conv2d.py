@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
+from ._conv2d_rows import batch_norm_relu_conv2d_rows_kernel
+from ._epilogue import store_with_statistics
 from ._partials import merge_moments
 from ._prologue import (
     Config,
@@ -27,6 +29,10 @@ from ._prologue import (
     sizes,
     tile_size,
 )
+
+
+MOST_ROW_DILATION = 4
+"""A tile of 128 rows loses twice the dilation of them to its neighbours."""
 
 
 @triton.jit
@@ -120,40 +126,29 @@ def batch_norm_relu_conv2d_kernel(
         )  # [BLOCK_K, BLOCK_N]
         acc = tl.dot(activation, taps, acc, input_precision=PRECISION)
 
-    out_channel = group * group_out + column
-    column_mask = column < group_out
-    mask = (row < rows)[:, None] & column_mask[None, :]
-    offsets = row.to(tl.int64)[:, None] * out_channels + out_channel[None, :]
-    if HAS_CONV_BIAS:
-        acc += tl.load(conv_bias_ptr + out_channel, column_mask, other=0.0).to(tl.float32)[None, :]
-    if HAS_RESIDUAL:
-        acc += tl.load(residual_ptr + offsets, mask, other=0.0).to(tl.float32)
-    result = acc.to(output_ptr.dtype.element_ty)
-    tl.store(output_ptr + offsets, result, mask)
-
-    rounded = tl.where(mask, result.to(tl.float32), 0.0)
-    count = tl.minimum(rows - row_tile * BLOCK_M, BLOCK_M)
-    tile_mean = tl.sum(rounded, 0) / count
-    # A mean far from zero leaves its rounding in the sum; the residual's sum takes it out.
-    tile_mean += tl.sum(tl.where(mask, rounded - tile_mean[None, :], 0.0), 0) / count
-    deviation = tl.where(mask, rounded - tile_mean[None, :], 0.0)
-    tile_m2 = tl.sum(deviation * deviation, 0)
-    partial = partial_ptr + row_tile.to(tl.int64) * (2 * out_channels) + out_channel
-    tl.store(partial, tile_mean, column_mask)
-    tl.store(partial + out_channels, tile_m2, column_mask)
+    store_with_statistics(
+        acc, row, row < rows, tl.minimum(rows - row_tile * BLOCK_M, BLOCK_M), row_tile,
+        group * group_out + column, column < group_out, out_channels,
+        conv_bias_ptr, residual_ptr, output_ptr, partial_ptr, HAS_CONV_BIAS, HAS_RESIDUAL,
+    )  # fmt: skip
 
 
-def configs(sizes: Sizes, dtype: torch.dtype, precision: str) -> tuple[Config, ...]:
+def configs(
+    sizes: Sizes, rows_apply: bool, dtype: torch.dtype, precision: str
+) -> tuple[Config, ...]:
     """Tiles worth trying, the one to take unmeasured first."""
     block_n, block_k = tile_size(sizes.group_out, 128), tile_size(sizes.group_in, 64)
     if dtype == torch.float32:
         block_n, block_k = min(block_n, 64), min(block_k, 32)
         if precision == "ieee":
             return (Config(64, min(block_n, 32), 16, 4, 2),)
-    return (
+    each_tap = (
         Config(128, block_n, block_k, 4 if block_n <= 64 else 8, 3),
         Config(64, block_n, block_k, 4, 3),
     )
+    if not rows_apply:
+        return each_tap
+    return (Config(128, min(block_n, 64), block_k, 8, 2, row_taps=3), *each_tap)
 
 
 def batch_norm_relu_conv2d(
@@ -182,11 +177,14 @@ def batch_norm_relu_conv2d(
         device=input.device, memory_format=torch.channels_last,
     )  # fmt: skip
 
-    def launch(config: Config) -> Tensor:
-        row_tiles = triton.cdiv(rows, config.block_m)
+    def launch(config: Config) -> tuple[Tensor, int]:
+        whole_rows = config.row_taps > 1
+        run = batch_norm_relu_conv2d_rows_kernel if whole_rows else batch_norm_relu_conv2d_kernel
+        rows_per_tile = config.block_m - 2 * dilation[1] if whole_rows else config.block_m
+        row_tiles = triton.cdiv(rows, rows_per_tile)
         partial = mean.new_empty(row_tiles, 2, size.out_channels)
         grid = (row_tiles * triton.cdiv(size.group_out, config.block_n), groups)
-        batch_norm_relu_conv2d_kernel[grid](
+        run[grid](
             source, mean, var, weight, bias, filters, conv_bias, added, output, partial,
             rows, *size, *stride, *padding, *dilation, eps,
             KERNEL_H=kernel[0], KERNEL_W=kernel[1], PADDED=max(padding) > 0,
@@ -196,10 +194,17 @@ def batch_norm_relu_conv2d(
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
-        return partial
+        return partial, rows_per_tile
 
-    key = shape_class(rows, size, kernel, stride, input.dtype, precision)
-    choices = configs(size, input.dtype, precision)
+    rows_apply = (
+        kernel[1] == 3
+        and stride[1] == 1
+        and padding[1] == dilation[1] <= MOST_ROW_DILATION
+        and precision != "ieee"
+    )
+    key = shape_class(rows, size, kernel, stride, rows_apply, input.dtype, precision)
+    choices = configs(size, rows_apply, input.dtype, precision)
     config = tuning.select("batch_norm_relu_conv2d", key, choices, launch, input.device)
-    statistics = merge_moments(launch(config), rows, config.block_m)
+    partial, rows_per_tile = launch(config)
+    statistics = merge_moments(partial, rows, rows_per_tile)
     return (like_layout(output, input), *statistics)

@@ -98,9 +98,21 @@ def sample(case: Case, dtype: torch.dtype, device: torch.device, affine: bool = 
     )  # fmt: skip
 
 
+ROWS = Config(32, 16, 16, 4, 2, row_taps=3)
+ROW_CASES = {
+    "3x3": CASES["3x3"],
+    "dilated": Case((1, 9, 6, 7), 5, (2, 3), padding=(0, 2), dilation=(2, 2)),
+    "stride down, groups": Case((2, 8, 7, 5), 4, (3, 3), (2, 1), (2, 1), (1, 1), 2),
+    "narrower than a dilation": Case((3, 4, 5, 1), 3, (3, 3), padding=(1, 3), dilation=(1, 3)),
+}
+
+
 @pytest.fixture(autouse=True)
-def small_tiles(monkeypatch):
-    monkeypatch.setattr(tuning, "select", lambda *_: SMALL)
+def tiles(monkeypatch):
+    """Every launch with one configuration, which a test may exchange."""
+    chosen = [SMALL]
+    monkeypatch.setattr(tuning, "select", lambda *_: chosen[0])
+    return chosen
 
 
 @pytest.fixture(autouse=True)
@@ -114,6 +126,13 @@ def exact_float32():
 def compare(names: str, found, eager, exact, terms: float = 0.0) -> None:
     for name, *parts in zip(names.split(), found, eager, exact, strict=True):
         assert_as_good_as_eager(name, *parts, terms)
+
+
+@pytest.mark.parametrize("case", ROW_CASES.values(), ids=list(ROW_CASES))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forward_by_rows(dtype, case, device, tiles):
+    tiles[:] = [ROWS]
+    test_forward(dtype, case, True, device)
 
 
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])

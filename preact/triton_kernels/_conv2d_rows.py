@@ -1,0 +1,127 @@
+"""Forward with kernels three taps wide and stride 1 along the row: one normalised tile for all three.
+
+A tile's rows are positions of the input's width. Each tap along the row has an accumulator of its
+own, all three fed by the same normalised tile, and the accumulators meet at the end, moved by one
+dilation against each other: the norm is computed once for three taps, and the input read once.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ._epilogue import store_with_statistics
+from ._prologue import load_norm, normalise
+
+
+@triton.jit
+def load_taps(pointers, tap, group_in, mask):
+    return tl.load(pointers + tap * group_in, mask, other=0.0)
+
+
+@triton.jit
+def moved(acc, by, keep, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Row ``i`` of the result is row ``i + by`` of ``acc``, nought where ``keep`` is false."""
+    source = tl.minimum(tl.maximum(tl.arange(0, BLOCK_M) + by, 0), BLOCK_M - 1)
+    index = tl.broadcast_to(source[:, None], (BLOCK_M, BLOCK_N))
+    return tl.where(keep[:, None], tl.gather(acc, index, 0), 0.0)
+
+
+@triton.jit
+def batch_norm_relu_conv2d_rows_kernel(
+    input_ptr,  # [N, H, W, C]
+    mean_ptr,  # [C], as the next three
+    var_ptr,
+    weight_ptr,
+    bias_ptr,
+    conv_weight_ptr,  # [O, KERNEL_H, 3, group_in]
+    conv_bias_ptr,  # [O]
+    residual_ptr,  # [N, P, W, O]
+    output_ptr,  # [N, P, W, O]
+    partial_ptr,  # [row tiles, 2, O]: mean and M2
+    rows,  # N * P * W
+    height,
+    width,
+    channels,
+    group_in,
+    out_height,
+    out_width,
+    out_channels,
+    group_out,
+    stride_h,
+    stride_w,
+    padding_h,
+    padding_w,  # equal to dilation_w
+    dilation_h,
+    dilation_w,
+    eps,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    PADDED: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_CONV_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    column_tiles = tl.cdiv(group_out, BLOCK_N)
+    row_tile = tl.program_id(0) // column_tiles
+    column = (tl.program_id(0) % column_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column_mask = column < group_out
+    group = tl.program_id(1)
+
+    # The first and last dilation_w rows of a tile only lend to their neighbours.
+    results = BLOCK_M - 2 * dilation_w
+    lane = tl.arange(0, BLOCK_M)
+    row = row_tile * results - dilation_w + lane
+    line = row // width
+    column_of_image = row % width
+    top = (line % out_height) * stride_h - padding_h
+    image = (line // out_height).to(tl.int64)
+    corner = ((image * height + top) * width + column_of_image) * channels + group * group_in
+    top = tl.where((row >= 0) & (row < rows), top, -(2**30))
+    inner = tl.arange(0, BLOCK_K)
+    conv_weight_row = (group * group_out + column) * (KERNEL_H * 3 * group_in)
+
+    left = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    middle = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    right = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step in range(tl.cdiv(group_in, BLOCK_K) * KERNEL_H):
+        tap = step % KERNEL_H
+        down = tap * dilation_h
+        channel = (step // KERNEL_H) * BLOCK_K + inner
+        channel_mask = channel < group_in
+        inside = (top + down >= 0) & (top + down < height)
+        values = tl.load(
+            input_ptr + (corner + down.to(tl.int64) * width * channels)[:, None] + channel[None, :],
+            inside[:, None] & channel_mask[None, :],
+            other=0.0,
+        )  # [BLOCK_M, BLOCK_K]
+        mean, scale, bias = load_norm(
+            mean_ptr, var_ptr, weight_ptr, bias_ptr, group * group_in + channel, channel_mask, eps,
+            HAS_WEIGHT, HAS_BIAS,
+        )  # fmt: skip
+        z = normalise(values, mean[None, :], scale[None, :], bias[None, :])
+        bound = tl.where(inside, float("inf"), 0.0)[:, None]
+        z = tl.minimum(z, bound, propagate_nan=tl.PropagateNan.ALL)
+        activation = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL).to(values.dtype)
+        taps = conv_weight_ptr + conv_weight_row[None, :] + channel[:, None]
+        mask = column_mask[None, :] & channel_mask[:, None]
+        left_taps = load_taps(taps, tap * 3, group_in, mask)  # [BLOCK_K, BLOCK_N]
+        middle_taps = load_taps(taps, tap * 3 + 1, group_in, mask)
+        right_taps = load_taps(taps, tap * 3 + 2, group_in, mask)
+        left = tl.dot(activation, left_taps, left, input_precision=PRECISION)
+        middle = tl.dot(activation, middle_taps, middle, input_precision=PRECISION)
+        right = tl.dot(activation, right_taps, right, input_precision=PRECISION)
+
+    acc = middle + moved(left, -dilation_w, column_of_image >= dilation_w, BLOCK_M, BLOCK_N)
+    acc += moved(right, dilation_w, column_of_image + dilation_w < width, BLOCK_M, BLOCK_N)
+    own = (lane >= dilation_w) & (lane < BLOCK_M - dilation_w) & (row < rows)
+    store_with_statistics(
+        acc, row, own, tl.minimum(rows - row_tile * results, results), row_tile,
+        group * group_out + column, column_mask, out_channels,
+        conv_bias_ptr, residual_ptr, output_ptr, partial_ptr, HAS_CONV_BIAS, HAS_RESIDUAL,
+    )  # fmt: skip
