@@ -1,4 +1,4 @@
-"""Forward with kernels three taps wide and stride 1 along the row: one normalised tile for all three.
+"""Kernels three taps wide, stride 1 along the row: one tile of the map serves all three taps.
 
 A tile's rows are positions of the input's width. Each tap along the row has an accumulator of its
 own, all three fed by the same normalised tile, and the accumulators meet at the end, moved by one
@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._epilogue import store_with_statistics
-from ._prologue import load_norm, normalise
+from ._epilogue import store_masked_with_sums, store_with_statistics
+from ._prologue import load_gradient, load_norm, normalise, residue_taps
 
 
 @triton.jit
@@ -124,4 +124,115 @@ def batch_norm_relu_conv2d_rows_kernel(
         acc, row, own, tl.minimum(rows - row_tile * results, results), row_tile,
         group * group_out + column, column_mask, out_channels,
         conv_bias_ptr, residual_ptr, output_ptr, partial_ptr, HAS_CONV_BIAS, HAS_RESIDUAL,
+    )  # fmt: skip
+
+
+@triton.jit
+def batch_norm_relu_conv2d_backward_input_rows_kernel(
+    grad_ptr,  # [N, P, W, O]
+    pending_ptr,  # [N, P, W, O]: input of the following norm
+    coefficients_ptr,  # [4, O]
+    input_ptr,  # [N, H, W, C]
+    mean_ptr,  # [C], as the next three
+    var_ptr,
+    weight_ptr,
+    bias_ptr,
+    conv_weight_ptr,  # [O, KERNEL_H, 3, group_in]
+    grad_activation_ptr,  # [N, H, W, C]: what other users of the activation contribute
+    grad_z_ptr,  # [N, H, W, C]
+    partial_ptr,  # [classes * row tiles, 2, C]: sums of dz * xhat and of dz
+    rows,  # of the largest class: N * class_height * W
+    class_height,
+    class_width,
+    height,
+    width,
+    channels,
+    group_in,
+    out_height,
+    out_width,
+    out_channels,
+    group_out,
+    stride_h,
+    stride_w,
+    padding_h,
+    padding_w,  # equal to dilation_w
+    dilation_h,
+    dilation_w,
+    period_h,  # between the taps of a class
+    period_w,
+    eps,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    PENDING: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_GRAD_ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    column_tiles = tl.cdiv(group_in, BLOCK_N)
+    row_tile = tl.program_id(0) // column_tiles
+    column = (tl.program_id(0) % column_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column_mask = column < group_in
+    group = tl.program_id(1)
+    residue_h = tl.program_id(2)
+    first_h, taps_h = residue_taps(residue_h, KERNEL_H, stride_h, padding_h, dilation_h, period_h)
+    base_h = (residue_h + padding_h - first_h * dilation_h) // stride_h
+    back_h = period_h * dilation_h // stride_h
+
+    # The first and last dilation_w rows of a tile only lend to their neighbours.
+    results = BLOCK_M - 2 * dilation_w
+    lane = tl.arange(0, BLOCK_M)
+    row = row_tile * results - dilation_w + lane
+    line = row // width
+    w = row % width
+    p = line % class_height
+    image = (line // class_height).to(tl.int64)
+    h = p * stride_h + residue_h
+    corner = ((image * out_height + p) * out_width + w) * out_channels + group * group_out
+    p = tl.where((row >= 0) & (row < rows), p, -(2**30))
+    inner = tl.arange(0, BLOCK_K)
+
+    left = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    middle = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    right = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    tap_h = 0
+    block = 0
+    for _ in range(tl.cdiv(group_out, BLOCK_K) * taps_h):
+        out_channel = block + inner
+        out_mask = out_channel < group_out
+        up = base_h - tap_h * back_h
+        inside = (p + up >= 0) & (p + up < out_height)
+        shift = up.to(tl.int64) * out_width * out_channels
+        grad = load_gradient(
+            grad_ptr, pending_ptr, coefficients_ptr,
+            (corner + shift)[:, None] + out_channel[None, :], inside[:, None] & out_mask[None, :],
+            group * group_out + out_channel, out_channels, out_mask, PENDING, 1,
+        )  # [BLOCK_M, BLOCK_K]  # fmt: skip
+        tap = (first_h + tap_h * period_h) * 3
+        weight_row = (group * group_out + out_channel) * (KERNEL_H * 3 * group_in)
+        taps = conv_weight_ptr + weight_row[:, None] + column[None, :]
+        mask = out_mask[:, None] & column_mask[None, :]
+        left_taps = load_taps(taps, tap, group_in, mask)  # [BLOCK_K, BLOCK_N]
+        middle_taps = load_taps(taps, tap + 1, group_in, mask)
+        right_taps = load_taps(taps, tap + 2, group_in, mask)
+        left = tl.dot(grad, left_taps, left, input_precision=PRECISION)
+        middle = tl.dot(grad, middle_taps, middle, input_precision=PRECISION)
+        right = tl.dot(grad, right_taps, right, input_precision=PRECISION)
+        tap_h += 1
+        next_block = tap_h == taps_h
+        tap_h = tl.where(next_block, 0, tap_h)
+        block = tl.where(next_block, block + BLOCK_K, block)
+
+    acc = middle + moved(left, dilation_w, w + dilation_w < width, BLOCK_M, BLOCK_N)
+    acc += moved(right, -dilation_w, w >= dilation_w, BLOCK_M, BLOCK_N)
+    own = (lane >= dilation_w) & (lane < BLOCK_M - dilation_w) & (row < rows) & (h < height)
+    tile = tl.program_id(2) * (tl.num_programs(0) // column_tiles) + row_tile
+    store_masked_with_sums(
+        acc, ((image * height + h) * width + w) * channels, own, tile,
+        group * group_in + column, column_mask, channels,
+        input_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, grad_activation_ptr, grad_z_ptr,
+        partial_ptr, eps, HAS_WEIGHT, HAS_BIAS, HAS_GRAD_ACTIVATION,
     )  # fmt: skip

@@ -75,6 +75,16 @@ def load_gradient(
     return grad
 
 
+@triton.jit
+def residue_taps(residue, kernel, stride, padding, dilation, period):
+    """First tap that reaches pixels of ``residue``, and how many do: every ``period``-th."""
+    first = kernel
+    for candidate in range(period):
+        reaches = (residue + padding - candidate * dilation) % stride == 0
+        first = tl.where(reaches & (first == kernel), tl.minimum(candidate, kernel), first)
+    return first, tl.cdiv(kernel - first, period)
+
+
 class Config(NamedTuple):
     """Tile of a convolution's matrix product, warps and pipeline stages."""
 
@@ -136,6 +146,17 @@ def sizes(
         height, width, channels, group_in, out_height, out_width, out_channels,
         out_channels // groups,
     )  # fmt: skip
+
+
+MOST_ROW_DILATION = 4
+"""A tile of 128 rows loses twice the dilation of them to its neighbours."""
+
+
+def rows_apply(
+    kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> bool:
+    """Whether one tile can serve the taps of a row: three of them, over rows of equal width."""
+    return kernel[1] == 3 and stride[1] == 1 and padding[1] == dilation[1] <= MOST_ROW_DILATION
 
 
 def float32_precision(dtype: torch.dtype) -> str:

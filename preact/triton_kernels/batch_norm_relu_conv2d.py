@@ -25,14 +25,11 @@ from ._prologue import (
     like_layout,
     load_norm,
     normalise,
+    rows_apply,
     shape_class,
     sizes,
     tile_size,
 )
-
-
-MOST_ROW_DILATION = 4
-"""A tile of 128 rows loses twice the dilation of them to its neighbours."""
 
 
 @triton.jit
@@ -196,14 +193,9 @@ def batch_norm_relu_conv2d(
         )  # fmt: skip
         return partial, rows_per_tile
 
-    rows_apply = (
-        kernel[1] == 3
-        and stride[1] == 1
-        and padding[1] == dilation[1] <= MOST_ROW_DILATION
-        and precision != "ieee"
-    )
-    key = shape_class(rows, size, kernel, stride, rows_apply, input.dtype, precision)
-    choices = configs(size, rows_apply, input.dtype, precision)
+    by_rows = rows_apply(kernel, stride, padding, dilation) and precision != "ieee"
+    key = shape_class(rows, size, kernel, stride, by_rows, input.dtype, precision)
+    choices = configs(size, by_rows, input.dtype, precision)
     config = tuning.select("batch_norm_relu_conv2d", key, choices, launch, input.device)
     partial, rows_per_tile = launch(config)
     statistics = merge_moments(partial, rows, rows_per_tile)

@@ -17,7 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from ._maps import check_vectors
+from ._conv2d_rows import batch_norm_relu_conv2d_backward_input_rows_kernel
+from ._epilogue import store_masked_with_sums
+from ._maps import check_like, check_vectors
 from ._partials import merge_sums
 from ._prologue import (
     Config,
@@ -26,22 +28,12 @@ from ._prologue import (
     float32_precision,
     like_layout,
     load_gradient,
-    load_norm,
-    normalise,
+    residue_taps,
+    rows_apply,
     shape_class,
     sizes,
     tile_size,
 )
-
-
-@triton.jit
-def residue_taps(residue, kernel, stride, padding, dilation, period):
-    """First tap that reaches pixels of ``residue``, and how many do: every ``period``-th."""
-    first = kernel
-    for candidate in range(period):
-        reaches = (residue + padding - candidate * dilation) % stride == 0
-        first = tl.where(reaches & (first == kernel), tl.minimum(candidate, kernel), first)
-    return first, tl.cdiv(kernel - first, period)
 
 
 @triton.jit
@@ -55,6 +47,7 @@ def batch_norm_relu_conv2d_backward_input_kernel(
     weight_ptr,
     bias_ptr,
     conv_weight_ptr,  # [O, KERNEL_H, KERNEL_W, group_in]
+    grad_activation_ptr,  # [N, H, W, C]: what other users of the activation contribute
     grad_z_ptr,  # [N, H, W, C]
     partial_ptr,  # [classes * row tiles, 2, C]: sums of dz * xhat and of dz
     rows,  # of the largest class: N * class_height * class_width
@@ -82,6 +75,7 @@ def batch_norm_relu_conv2d_backward_input_kernel(
     PENDING: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_GRAD_ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -150,37 +144,31 @@ def batch_norm_relu_conv2d_backward_input_kernel(
         tap_h = tl.where(next_block, 0, tap_h)
         block = tl.where(next_block, block + BLOCK_K, block)
 
-    channel = group * group_in + column
-    mask = valid[:, None] & column_mask[None, :]
-    offsets = ((image * height + h) * width + w)[:, None] * channels + channel[None, :]
-    values = tl.load(input_ptr + offsets, mask, other=0.0)  # [BLOCK_M, BLOCK_N]
-    mean, scale, bias = load_norm(
-        mean_ptr, var_ptr, weight_ptr, bias_ptr, channel, column_mask, eps, HAS_WEIGHT, HAS_BIAS
-    )
-    z = normalise(values, mean[None, :], scale[None, :], bias[None, :])
-    grad_z = tl.where(mask & (z > 0), acc, 0.0).to(grad_z_ptr.dtype.element_ty)
-    tl.store(grad_z_ptr + offsets, grad_z, mask)
-
-    rounded = grad_z.to(tl.float32)
-    invstd = tl.rsqrt(tl.load(var_ptr + channel, column_mask, other=1.0) + eps)
-    centred = values.to(tl.float32) - mean[None, :]
-    tile = (tl.program_id(2) * (tl.num_programs(0) // column_tiles) + row_tile).to(tl.int64)
-    partial = partial_ptr + tile * (2 * channels) + channel
-    tl.store(partial, tl.sum(rounded * centred, 0) * invstd, column_mask)
-    tl.store(partial + channels, tl.sum(rounded, 0), column_mask)
+    tile = tl.program_id(2) * (tl.num_programs(0) // column_tiles) + row_tile
+    store_masked_with_sums(
+        acc, ((image * height + h) * width + w) * channels, valid, tile,
+        group * group_in + column, column_mask, channels,
+        input_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, grad_activation_ptr, grad_z_ptr,
+        partial_ptr, eps, HAS_WEIGHT, HAS_BIAS, HAS_GRAD_ACTIVATION,
+    )  # fmt: skip
 
 
-def configs(sizes: Sizes, dtype: torch.dtype, precision: str) -> tuple[Config, ...]:
+def configs(
+    sizes: Sizes, rows_apply: bool, dtype: torch.dtype, precision: str
+) -> tuple[Config, ...]:
     """Tiles worth trying, the one to take unmeasured first."""
     block_n, block_k = tile_size(sizes.group_in, 128), tile_size(sizes.group_out, 64)
     if dtype == torch.float32:
         block_n, block_k = min(block_n, 64), min(block_k, 32)
         if precision == "ieee":
             return (Config(64, min(block_n, 32), 16, 4, 2),)
-    return (
+    each_tap = (
         Config(128, block_n, block_k, 4 if block_n <= 64 else 8, 3),
         Config(64, block_n, block_k, 4, 3),
     )
+    if not rows_apply:
+        return each_tap
+    return (Config(128, min(block_n, 64), block_k, 8, 2, row_taps=3), *each_tap)
 
 
 def batch_norm_relu_conv2d_backward_input(
@@ -198,15 +186,19 @@ def batch_norm_relu_conv2d_backward_input(
     groups: int,
     pending_input: Tensor | None = None,
     coefficients: Tensor | None = None,
+    grad_activation: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """``grad_activation``, like ``input``, joins before the mask; the op has no such argument."""
     size = sizes(
         input, conv_weight, stride, padding, dilation, groups,
         grad_output=grad_output, pending_input=pending_input,
     )  # fmt: skip
     check_vectors(input, mean=mean, var=var, weight=weight, bias=bias)
+    check_like("grad_activation", grad_activation, input)
     kernel = tuple(conv_weight.shape[2:])
     precision = float32_precision(input.dtype)
     pending = None if pending_input is None else channels_last(pending_input)
+    added = None if grad_activation is None else channels_last(grad_activation)
     source, filters, grad = map(channels_last, (input, conv_weight, grad_output))
     grad_z = torch.empty_like(source, memory_format=torch.channels_last)
     class_height, class_width = (
@@ -218,21 +210,31 @@ def batch_norm_relu_conv2d_backward_input(
     periods = [s // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
 
     def launch(config: Config) -> Tensor:
-        row_tiles = triton.cdiv(rows, config.block_m)
+        whole_rows = config.row_taps > 1
+        run = (
+            batch_norm_relu_conv2d_backward_input_rows_kernel
+            if whole_rows
+            else batch_norm_relu_conv2d_backward_input_kernel
+        )
+        row_tiles = triton.cdiv(rows, config.block_m - 2 * dilation[1] * whole_rows)
         partial = mean.new_empty(classes * row_tiles, 2 * size.channels)
         grid = (row_tiles * triton.cdiv(size.group_in, config.block_n), groups, classes)
-        batch_norm_relu_conv2d_backward_input_kernel[grid](
-            grad, pending, coefficients, source, mean, var, weight, bias, filters, grad_z, partial,
-            rows, class_height, class_width, *size, *stride, *padding, *dilation, *periods, eps,
-            KERNEL_H=kernel[0], KERNEL_W=kernel[1], PENDING=pending is not None,
-            HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, PRECISION=precision,
+        run[grid](
+            grad, pending, coefficients, source, mean, var, weight, bias, filters, added, grad_z,
+            partial, rows, class_height, class_width, *size, *stride, *padding, *dilation,
+            *periods, eps, KERNEL_H=kernel[0], KERNEL_W=kernel[1], PENDING=pending is not None,
+            HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
+            HAS_GRAD_ACTIVATION=added is not None, PRECISION=precision,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         return partial
 
-    key = shape_class(rows, size, kernel, stride, pending is not None, input.dtype, precision)
-    choices = configs(size, input.dtype, precision)
+    by_rows = rows_apply(kernel, stride, padding, dilation) and precision != "ieee"
+    key = shape_class(
+        rows, size, kernel, stride, by_rows, pending is not None, input.dtype, precision
+    )
+    choices = configs(size, by_rows, input.dtype, precision)
     op = "batch_norm_relu_conv2d_backward_input"
     config = tuning.select(op, key, choices, launch, input.device)
     sums = merge_sums(launch(config), size.channels, mean.dtype)

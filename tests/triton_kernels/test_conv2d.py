@@ -135,6 +135,14 @@ def test_forward_by_rows(dtype, case, device, tiles):
     test_forward(dtype, case, True, device)
 
 
+@pytest.mark.parametrize("pending", [False, True], ids=["formed", "pending"])
+@pytest.mark.parametrize("case", ROW_CASES.values(), ids=list(ROW_CASES))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_backward_by_rows(dtype, case, pending, device, tiles):
+    tiles[:] = [ROWS]
+    test_backward(dtype, case, pending, device)
+
+
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
