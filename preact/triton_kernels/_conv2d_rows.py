@@ -236,3 +236,123 @@ def batch_norm_relu_conv2d_backward_input_rows_kernel(
         input_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, grad_activation_ptr, grad_z_ptr,
         partial_ptr, eps, HAS_WEIGHT, HAS_BIAS, HAS_GRAD_ACTIVATION,
     )  # fmt: skip
+
+
+@triton.jit
+def batch_norm_relu_conv2d_backward_weight_rows_kernel(
+    grad_ptr,  # [N, P, W, O]
+    pending_ptr,  # [N, P, W, O]: input of the following norm
+    coefficients_ptr,  # [4, O]
+    input_ptr,  # [N, H, W, C]
+    mean_ptr,  # [C], as the next three
+    var_ptr,
+    weight_ptr,
+    bias_ptr,
+    partial_ptr,  # [splits, O, KERNEL_H, 3, group_in]
+    rows,  # N * P * W
+    rows_per_split,
+    height,
+    width,
+    channels,
+    group_in,
+    out_height,
+    out_width,
+    out_channels,
+    group_out,
+    stride_h,
+    stride_w,
+    padding_h,
+    padding_w,  # equal to dilation_w
+    dilation_h,
+    dilation_w,
+    eps,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    PADDED: tl.constexpr,
+    PENDING: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    column_tiles = tl.cdiv(group_in, BLOCK_N)
+    tap_h = tl.program_id(0) % KERNEL_H
+    tile = tl.program_id(0) // KERNEL_H
+    out_channel = (tile // column_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    out_mask = out_channel < group_out
+    column = (tile % column_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column_mask = column < group_in
+    group = tl.program_id(1)
+    top = tap_h * dilation_h - padding_h
+
+    channel = group * group_in + column
+    mean, scale, bias = load_norm(
+        mean_ptr, var_ptr, weight_ptr, bias_ptr, channel, column_mask, eps, HAS_WEIGHT, HAS_BIAS
+    )
+    grad_channel = group * group_out + out_channel
+    first = tl.program_id(2) * rows_per_split
+    last = tl.minimum(first + rows_per_split, rows)
+    inner = tl.arange(0, BLOCK_K)
+    line = (first + inner) // width
+    x = (first + inner) % width
+    image = line // out_height
+    p = line % out_height
+    step_x = BLOCK_K % width
+    step_p = BLOCK_K // width % out_height
+    step_image = BLOCK_K // width // out_height
+
+    left = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    middle = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    right = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(first, last, BLOCK_K):
+        row = start + inner
+        row_mask = row < last
+        y = p * stride_h + top
+        inside = row_mask & (y >= 0) & (y < height)
+        pixel = (image * height + y) * width + x
+        values = tl.load(
+            input_ptr + pixel.to(tl.int64)[:, None] * channels + channel[None, :],
+            inside[:, None] & column_mask[None, :],
+            other=0.0,
+        )  # [BLOCK_K, BLOCK_N]
+        z = normalise(values, mean[None, :], scale[None, :], bias[None, :])
+        bound = tl.where(inside, float("inf"), 0.0)[:, None]
+        z = tl.minimum(z, bound, propagate_nan=tl.PropagateNan.ALL)
+        activation = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL).to(values.dtype)
+
+        # Which result a tap takes a position to: one dilation on, the same, one dilation back.
+        grad_offset = row.to(tl.int64)[:, None] * out_channels + grad_channel[None, :]
+        moved_by = dilation_w * out_channels
+        grad = load_gradient(
+            grad_ptr, pending_ptr, coefficients_ptr, grad_offset + moved_by,
+            (row_mask & (x + dilation_w < width))[:, None] & out_mask[None, :],
+            grad_channel, out_channels, out_mask, PENDING, 1,
+        )  # [BLOCK_K, BLOCK_M]  # fmt: skip
+        left = tl.dot(tl.trans(grad), activation, left, input_precision=PRECISION)
+        grad = load_gradient(
+            grad_ptr, pending_ptr, coefficients_ptr, grad_offset,
+            row_mask[:, None] & out_mask[None, :],
+            grad_channel, out_channels, out_mask, PENDING, 1,
+        )  # fmt: skip
+        middle = tl.dot(tl.trans(grad), activation, middle, input_precision=PRECISION)
+        grad = load_gradient(
+            grad_ptr, pending_ptr, coefficients_ptr, grad_offset - moved_by,
+            (row_mask & (x >= dilation_w))[:, None] & out_mask[None, :],
+            grad_channel, out_channels, out_mask, PENDING, 1,
+        )  # fmt: skip
+        right = tl.dot(tl.trans(grad), activation, right, input_precision=PRECISION)
+
+        x += step_x
+        p += step_p + tl.where(x >= width, 1, 0)
+        x = tl.where(x >= width, x - width, x)
+        image += step_image + tl.where(p >= out_height, 1, 0)
+        p = tl.where(p >= out_height, p - out_height, p)
+
+    out = ((tl.program_id(2).to(tl.int64) * out_channels + grad_channel) * KERNEL_H + tap_h) * 3
+    mask = out_mask[:, None] & column_mask[None, :]
+    partial = partial_ptr + out[:, None] * group_in + column[None, :]
+    tl.store(partial, left, mask)
+    tl.store(partial + group_in, middle, mask)
+    tl.store(partial + 2 * group_in, right, mask)

@@ -148,6 +148,9 @@ def sizes(
     )  # fmt: skip
 
 
+WARP_GROUP = (90, 100, 103)
+"""Compute capabilities whose matrix instructions take operands from shared memory."""
+
 MOST_ROW_DILATION = 4
 """A tile of 128 rows loses twice the dilation of them to its neighbours."""
 
@@ -157,6 +160,32 @@ def rows_apply(
 ) -> bool:
     """Whether one tile can serve the taps of a row: three of them, over rows of equal width."""
     return kernel[1] == 3 and stride[1] == 1 and padding[1] == dilation[1] <= MOST_ROW_DILATION
+
+
+def product_configs(
+    columns: int, inner: int, by_rows: bool, dtype: torch.dtype, precision: str, capability: int
+) -> tuple[Config, ...]:
+    """Tiles worth trying for forward and dgrad, the one to take unmeasured first.
+
+    ``columns`` and ``inner`` are channels of a group: of the result, of the sum. Three accumulators
+    want the large tile of a warp-group's instructions, whose results or operands need no registers
+    of all warps; elsewhere a smaller one keeps them from spilling.
+    """
+    block_n, block_k = tile_size(columns, 128), tile_size(inner, 64)
+    if dtype == torch.float32:
+        block_n, block_k = min(block_n, 64), min(block_k, 32)
+        if precision == "ieee":
+            return (Config(64, min(block_n, 32), 16, 4, 2),)
+    each_tap = (
+        Config(128, block_n, block_k, 4 if block_n <= 64 else 8, 3),
+        Config(64, block_n, block_k, 4, 3),
+    )
+    if not by_rows:
+        return each_tap
+    narrow = min(block_n, 64)
+    if capability in WARP_GROUP:
+        return (Config(128, narrow, block_k, 8, 2, row_taps=3), *each_tap)
+    return (Config(64, narrow, min(block_k, 32), 8, 3, row_taps=3), *each_tap)
 
 
 def float32_precision(dtype: torch.dtype) -> str:

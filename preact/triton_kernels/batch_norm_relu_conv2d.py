@@ -13,22 +13,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import device as devices
 from . import tuning
 from ._conv2d_rows import batch_norm_relu_conv2d_rows_kernel
 from ._epilogue import store_with_statistics
 from ._partials import merge_moments
 from ._prologue import (
     Config,
-    Sizes,
     channels_last,
     float32_precision,
     like_layout,
     load_norm,
     normalise,
+    product_configs,
     rows_apply,
     shape_class,
     sizes,
-    tile_size,
 )
 
 
@@ -130,24 +130,6 @@ def batch_norm_relu_conv2d_kernel(
     )  # fmt: skip
 
 
-def configs(
-    sizes: Sizes, rows_apply: bool, dtype: torch.dtype, precision: str
-) -> tuple[Config, ...]:
-    """Tiles worth trying, the one to take unmeasured first."""
-    block_n, block_k = tile_size(sizes.group_out, 128), tile_size(sizes.group_in, 64)
-    if dtype == torch.float32:
-        block_n, block_k = min(block_n, 64), min(block_k, 32)
-        if precision == "ieee":
-            return (Config(64, min(block_n, 32), 16, 4, 2),)
-    each_tap = (
-        Config(128, block_n, block_k, 4 if block_n <= 64 else 8, 3),
-        Config(64, block_n, block_k, 4, 3),
-    )
-    if not rows_apply:
-        return each_tap
-    return (Config(128, min(block_n, 64), block_k, 8, 2, row_taps=3), *each_tap)
-
-
 def batch_norm_relu_conv2d(
     input: Tensor,
     mean: Tensor,
@@ -195,7 +177,10 @@ def batch_norm_relu_conv2d(
 
     by_rows = rows_apply(kernel, stride, padding, dilation) and precision != "ieee"
     key = shape_class(rows, size, kernel, stride, by_rows, input.dtype, precision)
-    choices = configs(size, by_rows, input.dtype, precision)
+    capability = devices.properties(input.device).capability
+    choices = product_configs(
+        size.group_out, size.group_in, by_rows, input.dtype, precision, capability
+    )
     config = tuning.select("batch_norm_relu_conv2d", key, choices, launch, input.device)
     partial, rows_per_tile = launch(config)
     statistics = merge_moments(partial, rows, rows_per_tile)

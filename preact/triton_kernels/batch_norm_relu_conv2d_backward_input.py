@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import device as devices
 from . import tuning
 from ._conv2d_rows import batch_norm_relu_conv2d_backward_input_rows_kernel
 from ._epilogue import store_masked_with_sums
@@ -23,16 +24,15 @@ from ._maps import check_like, check_vectors
 from ._partials import merge_sums
 from ._prologue import (
     Config,
-    Sizes,
     channels_last,
     float32_precision,
     like_layout,
     load_gradient,
+    product_configs,
     residue_taps,
     rows_apply,
     shape_class,
     sizes,
-    tile_size,
 )
 
 
@@ -153,24 +153,6 @@ def batch_norm_relu_conv2d_backward_input_kernel(
     )  # fmt: skip
 
 
-def configs(
-    sizes: Sizes, rows_apply: bool, dtype: torch.dtype, precision: str
-) -> tuple[Config, ...]:
-    """Tiles worth trying, the one to take unmeasured first."""
-    block_n, block_k = tile_size(sizes.group_in, 128), tile_size(sizes.group_out, 64)
-    if dtype == torch.float32:
-        block_n, block_k = min(block_n, 64), min(block_k, 32)
-        if precision == "ieee":
-            return (Config(64, min(block_n, 32), 16, 4, 2),)
-    each_tap = (
-        Config(128, block_n, block_k, 4 if block_n <= 64 else 8, 3),
-        Config(64, block_n, block_k, 4, 3),
-    )
-    if not rows_apply:
-        return each_tap
-    return (Config(128, min(block_n, 64), block_k, 8, 2, row_taps=3), *each_tap)
-
-
 def batch_norm_relu_conv2d_backward_input(
     grad_output: Tensor,
     input: Tensor,
@@ -234,7 +216,10 @@ def batch_norm_relu_conv2d_backward_input(
     key = shape_class(
         rows, size, kernel, stride, by_rows, pending is not None, input.dtype, precision
     )
-    choices = configs(size, by_rows, input.dtype, precision)
+    capability = devices.properties(input.device).capability
+    choices = product_configs(
+        size.group_in, size.group_out, by_rows, input.dtype, precision, capability
+    )
     op = "batch_norm_relu_conv2d_backward_input"
     config = tuning.select(op, key, choices, launch, input.device)
     sums = merge_sums(launch(config), size.channels, mean.dtype)

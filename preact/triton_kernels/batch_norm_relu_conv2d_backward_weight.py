@@ -13,10 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import device, tuning
+from . import device as devices
+from . import tuning
+from ._conv2d_rows import batch_norm_relu_conv2d_backward_weight_rows_kernel
 from ._maps import check_vectors
 from ._partials import TILES, merge_sums
 from ._prologue import (
+    WARP_GROUP,
     Config,
     Sizes,
     channels_last,
@@ -25,6 +28,7 @@ from ._prologue import (
     load_gradient,
     load_norm,
     normalise,
+    rows_apply,
     shape_class,
     sizes,
     tile_size,
@@ -139,18 +143,26 @@ def batch_norm_relu_conv2d_backward_weight_kernel(
     tl.store(partial_ptr + out[:, None] * group_in + column[None, :], acc, mask)
 
 
-def configs(sizes: Sizes, dtype: torch.dtype, precision: str) -> tuple[Config, ...]:
+def configs(
+    sizes: Sizes, by_rows: bool, dtype: torch.dtype, precision: str, capability: int
+) -> tuple[Config, ...]:
     """Tiles worth trying, the one to take unmeasured first; ``block_k`` counts pixels."""
     block_m, block_n = tile_size(sizes.group_out, 128), tile_size(sizes.group_in, 128)
+    block_k = 64
     if dtype == torch.float32:
-        block_m, block_n = min(block_m, 64), min(block_n, 64)
+        block_m, block_n, block_k = min(block_m, 64), min(block_n, 64), 32
         if precision == "ieee":
             return (Config(min(block_m, 32), min(block_n, 32), 16, 4, 2),)
-        return (Config(block_m, block_n, 32, 4, 3),)
-    return (
-        Config(block_m, block_n, 64, 4 if block_m * block_n <= 8192 else 8, 3),
-        Config(block_m, min(block_n, 64), 64, 4, 3),
+    narrow = min(block_n, 64)
+    each_tap = (
+        Config(block_m, block_n, block_k, 4 if block_m * block_n <= 4096 else 8, 3),
+        Config(min(block_m, 64), narrow, block_k, 4, 3),
     )
+    if not by_rows:
+        return each_tap
+    if capability in WARP_GROUP:
+        return (Config(block_m, narrow, block_k, 8, 2, row_taps=3), *each_tap)
+    return (Config(min(block_m, 64), narrow, 32, 8, 2, row_taps=3), *each_tap)
 
 
 def batch_norm_relu_conv2d_backward_weight(
@@ -179,21 +191,29 @@ def batch_norm_relu_conv2d_backward_weight(
     pending = None if pending_input is None else channels_last(pending_input)
     source, grad = channels_last(input), channels_last(grad_output)
     rows = input.size(0) * size.out_height * size.out_width
-    processors = device.properties(input.device).multiprocessors
+    properties = devices.properties(input.device)
 
     def launch(config: Config) -> Tensor:
+        run = (
+            batch_norm_relu_conv2d_backward_weight_rows_kernel
+            if config.row_taps > 1
+            else batch_norm_relu_conv2d_backward_weight_kernel
+        )
         tiles = (
             triton.cdiv(size.group_out, config.block_m)
             * triton.cdiv(group_in, config.block_n)
-            * kernel[0]
-            * kernel[1]
+            * (kernel[0] * kernel[1] // config.row_taps)
         )
         steps = triton.cdiv(rows, config.block_k)
-        splits = min(triton.cdiv(2 * processors, tiles * groups), steps // _LEAST_STEPS, TILES)
+        splits = min(
+            triton.cdiv(2 * properties.multiprocessors, tiles * groups),
+            steps // _LEAST_STEPS,
+            TILES,
+        )
         steps_per_split = triton.cdiv(steps, max(splits, 1))
         splits = triton.cdiv(steps, steps_per_split)
         partial = mean.new_empty(splits, conv_weight.numel())
-        batch_norm_relu_conv2d_backward_weight_kernel[(tiles, groups, splits)](
+        run[(tiles, groups, splits)](
             grad, pending, coefficients, source, mean, var, weight, bias, partial,
             rows, steps_per_split * config.block_k, *size, *stride, *padding, *dilation, eps,
             KERNEL_H=kernel[0], KERNEL_W=kernel[1], PADDED=max(padding) > 0,
@@ -204,8 +224,11 @@ def batch_norm_relu_conv2d_backward_weight(
         )  # fmt: skip
         return partial
 
-    key = shape_class(rows, size, *kernel, stride, pending is not None, input.dtype, precision)
-    choices = configs(size, input.dtype, precision)
+    by_rows = rows_apply(kernel, stride, padding, dilation) and precision != "ieee"
+    key = shape_class(
+        rows, size, kernel, stride, by_rows, pending is not None, input.dtype, precision
+    )
+    choices = configs(size, by_rows, input.dtype, precision, properties.capability)
     op = "batch_norm_relu_conv2d_backward_weight"
     config = tuning.select(op, key, choices, launch, input.device)
     summed, _ = merge_sums(launch(config), conv_weight.numel(), conv_weight.dtype)
