@@ -85,14 +85,16 @@ def _backend(input: Tensor, norms: Sequence[Norm]) -> str:
     return chosen if fusible else "reference"
 
 
-def _statistics(input: Tensor, norm: Norm, statistics: Statistics | None) -> Statistics:
+def _statistics(
+    backend: str, input: Tensor, norm: Norm, statistics: Statistics | None
+) -> Statistics:
     if not norm.training:
         assert norm.running_mean is not None
         assert norm.running_var is not None
         return norm.running_mean, norm.running_var
     if statistics is not None:
         return statistics
-    mean, var = torch.ops.preact.batch_norm_stats(input.detach())
+    mean, var = backends.table(backend).batch_norm_stats(input.detach())
     return mean, var
 
 
@@ -151,7 +153,7 @@ def batch_norm_relu(
     if backend == "reference":
         return _eager_norm(input, norm)
     checks.check_statistics(input, statistics)
-    mean, var = _statistics(input, norm, statistics)
+    mean, var = _statistics(backend, input, norm, statistics)
     output: Tensor = autograd.BatchNormReLU.apply(
         backend, input, mean, var, weight, bias, eps, training
     )
@@ -189,7 +191,7 @@ def batch_norm_relu_convs2d(
         if residual is not None:
             outputs[0] = outputs[0] + residual
         return tuple(outputs), None
-    mean, var = _statistics(input, norm, statistics)
+    mean, var = _statistics(backend, input, norm, statistics)
     fused = residual is not None and checks.same_kind(
         residual,
         _output_shape(input.shape, convs[0], geometries[0]),
@@ -316,7 +318,7 @@ def residual_unit(
         return _unit_of_prefixes(input, layers, projection, statistics, save_activation), None
 
     parameters: list[Tensor | None] = []
-    first = _statistics(input, layers[0][0], statistics)
+    first = _statistics(backend, input, layers[0][0], statistics)
     for index, (norm, conv) in enumerate(layers):
         known: tuple[Tensor | None, Tensor | None] = first
         if index > 0:

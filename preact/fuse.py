@@ -185,7 +185,7 @@ def _backend(model: nn.Module) -> str:
         chosen = backends.choose(device)
     except RuntimeError as error:
         return str(error)
-    reason = backends.available(device)["cpp"]
+    reason = backends.why_eager(device)
     if chosen == "reference" and reason:
         return f"eager PyTorch on {device}: {reason}"
     return f"{chosen} on {device}"

@@ -1,6 +1,7 @@
 """Schemas, fakes and the fallback of ``torch.ops.preact``.
 
-The schemas stand here, once, so that the ops exist with or without a native library; C++ registers
+The schemas stand here, once, for every backend (``backends.triton`` defines them in a namespace of
+its own), so that the ops exist with or without a native library; C++ registers
 its kernels for them under a device's dispatch key when ``backends.cpp`` loads it. Where no kernel
 is registered, for a device or because nothing was built, the formulas of ``reference`` run.
 """
@@ -51,8 +52,6 @@ SCHEMAS: dict[str, str] = {
         " Tensor? grad_bias, float eps) -> Tensor"
     ),
 }
-
-_library = torch.library.Library("preact", "DEF")
 
 
 def _vectors(input: Tensor, count: int) -> tuple[Tensor, ...]:
@@ -147,7 +146,17 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "batch_norm_backward_coefficients": _fake_coefficients,
 }
 
-for _name, _schema in SCHEMAS.items():
-    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"preact::{_name}", _FAKES[_name], lib=_library)
+
+def define(
+    namespace: str, implementation: Callable[[str], Callable[..., Any]]
+) -> torch.library.Library:
+    """Define every op in ``namespace``; the ops live as long as the library that is returned."""
+    library = torch.library.Library(namespace, "DEF")
+    for name, schema in SCHEMAS.items():
+        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(name, implementation(name), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{namespace}::{name}", _FAKES[name], lib=library)
+    return library
+
+
+_library = define("preact", lambda name: getattr(reference, name))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 import preact
 from preact import reference
 from preact.backends import available
 
-from .tolerances import error, floor, magnitude
+from .op_checks import arrange, check_every_op, double, sample
+from .tolerances import error, magnitude
 
 OPS = torch.ops.preact
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -31,39 +31,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def arrange(tensor: Tensor, layout: str) -> Tensor:
-    if layout == "channels_last":
-        return tensor.contiguous(memory_format=torch.channels_last)
-    if layout == "strided":
-        return tensor.repeat_interleave(2, dim=3)[..., ::2]
-    return tensor
-
-
-def sample(
-    shape: tuple[int, ...], dtype: torch.dtype, layout: str, affine: bool
-) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...]]:
-    """Input, gradient, skip gradient, and (mean, var, weight, bias)."""
-    x, grad, skip = (arrange(torch.randn(shape).to(dtype), layout) for _ in range(3))
-    x = arrange(x * 2 + 1, layout)
-    mean, var = OPS.batch_norm_stats(x)
-    vector = reference.accumulate_dtype(dtype)
-    weight = torch.randn(shape[1], dtype=vector) if affine else None
-    bias = torch.randn(shape[1], dtype=vector) if affine else None
-    return x, grad, skip, (mean, var, weight, bias)
-
-
-def double(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.double()
-
-
-def check(name: str, result: Tensor, expected: Tensor) -> None:
-    """A few roundings of the sums (float32 or float64) and one of the result's own type."""
-    accumulation = torch.finfo(reference.accumulate_dtype(result.dtype)).eps
-    scale = float(expected.abs().max()) if expected.numel() else 0.0
-    bound = floor(result, expected) + 32 * accumulation * (scale + 1)
-    assert error(result, expected) <= bound, f"{name}: {error(result, expected):.3g} > {bound:.3g}"
-
-
 @pytest.fixture(autouse=True)
 def poison_unwritten_memory():
     """Memory from ``torch.empty`` starts as NaN, so that an unwritten output shows."""
@@ -79,47 +46,7 @@ def poison_unwritten_memory():
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_op_equals_its_formula(dtype, shape, layout, affine):
-    x, grad, skip, vectors = sample(shape, dtype, layout, affine)
-    exact = tuple(double(v) for v in vectors)
-    mean, var = vectors[:2]
-    expected_mean, expected_var = reference.batch_norm_stats(x.double())
-    check("mean", mean, expected_mean)
-    check("var", var, expected_var)
-
-    output = OPS.batch_norm_relu(x, *vectors, 1e-5)
-    check("output", output, reference.batch_norm_relu(x.double(), *exact, 1e-5))
-    assert output.is_contiguous(memory_format=reference.memory_format_of(x))
-    assert output.dtype == dtype
-
-    total, total_mean, total_var = OPS.identity_add(x, skip)
-    assert torch.equal(total, x + skip)
-    expected_mean, expected_var = reference.batch_norm_stats(total.double())
-    check("mean of sum", total_mean, expected_mean)
-    check("var of sum", total_var, expected_var)
-
-    sums = OPS.batch_norm_relu_backward_reduce(grad, x, *vectors, 1e-5)
-    expected_sums = reference.batch_norm_relu_backward_reduce(
-        grad.double(), x.double(), *exact, 1e-5
-    )
-    terms = reference.batch_norm_relu_backward_reduce(
-        grad.double().abs(), x.double(), *exact, 1e-5
-    )[1]
-    for name, result, value in zip(("grad_weight", "grad_bias"), sums, expected_sums, strict=True):
-        # The terms of a sum may cancel: its error is judged by their magnitude.
-        spread = float(terms.max()) * torch.finfo(result.dtype).eps * 32
-        assert error(result, value) <= spread + floor(result, value), name
-    # Bit for bit the forward's mask: with constant statistics and a weight, dx is zero where dz is.
-    ones = torch.ones_like(x)
-    passed = OPS.batch_norm_relu_backward_apply(ones, x, *vectors, None, None, None, 1e-5)
-    assert torch.equal(passed != 0, output > 0), "the backward's mask differs from the forward's"
-
-    for given in (sums, (None, None)):
-        for extra in (None, skip):
-            result = OPS.batch_norm_relu_backward_apply(grad, x, *vectors, *given, extra, 1e-5)
-            expected = reference.batch_norm_relu_backward_apply(
-                grad.double(), x.double(), *exact, *map(double, given), double(extra), 1e-5
-            )
-            check("grad_input", result, expected)
+    check_every_op(OPS, sample(OPS, shape, dtype, layout, affine))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -167,7 +94,7 @@ def test_nan_and_infinity_pass_as_in_eager(dtype):
 
 @pytest.mark.parametrize("expand", ["sum", "stride"])
 def test_expanded_and_strided_gradients(expand):
-    x, _, _, vectors = sample((4, 6, 5, 5), torch.float32, "channels_last", True)
+    x, _, _, vectors = sample(OPS, (4, 6, 5, 5), torch.float32, "channels_last", True)
     grad = (
         torch.ones(()).expand(x.shape)
         if expand == "sum"
@@ -180,7 +107,7 @@ def test_expanded_and_strided_gradients(expand):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_results_do_not_depend_on_the_number_of_threads(layout):
-    x, grad, skip, vectors = sample((32, 24, 15, 15), torch.float32, layout, True)
+    x, grad, skip, vectors = sample(OPS, (32, 24, 15, 15), torch.float32, layout, True)
     images = arrange(torch.randn(33, 16, 9, 9), layout)
     calls = [
         lambda: OPS.batch_norm_stats(x),
@@ -230,7 +157,7 @@ def test_weight_gradient(size, out_channels, kernel, stride, padding, dilation, 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", sorted(preact.ops.SCHEMAS))
 def test_opcheck(name, layout):
-    x, grad, skip, vectors = sample((2, 3, 4, 5), torch.float32, layout, True)
+    x, grad, skip, vectors = sample(OPS, (2, 3, 4, 5), torch.float32, layout, True)
     sums = (torch.randn(3), torch.randn(3))
     images = arrange(torch.randn(2, 16, 4, 5), layout)
     kernel = arrange(torch.randn(6, 1, 3, 2), layout)

@@ -17,6 +17,7 @@ PACKAGE = Path(preact.__file__).parent
 # Lower layers first: a module may import its own layer and those before it.
 LAYERS = [
     {"reference"},
+    {"triton_kernels"},
     {"ops"},
     {"backends"},
     {"prefix"},

@@ -1,4 +1,4 @@
-"""Every file of ``tests/triton`` in Triton's interpreter, each in a process of its own."""
+"""Every file of ``tests/triton_kernels`` in Triton's interpreter, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-FOLDER = Path(__file__).parent / "triton"
+FOLDER = Path(__file__).parent / "triton_kernels"
 FILES = sorted(path.name for path in FOLDER.glob("*_*.py") if path.name != "__init__.py")
 
 

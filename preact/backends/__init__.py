@@ -15,9 +15,12 @@ from typing import Any
 
 import torch
 
-from . import cpp
+from . import cpp, triton
 
 NAMES = ("reference", "cpp", "triton")
+# What the automatic choice takes, the first that can run. On a GPU the native kernels are ahead:
+# they need no compiler at run time. On a CPU Triton is an interpreter, which nobody wants unasked.
+AUTOMATIC = {"cpu": ("cpp",), "cuda": ("cpp", "triton")}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _log = logging.getLogger("preact")
@@ -41,13 +44,19 @@ def _why_not(name: str, device_type: str) -> str:
     if name == "cpp":
         return cpp.why_not(device_type)
     if name == "triton":
-        return "preact holds no Triton kernels yet"
+        return triton.why_not(device_type)
     raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {name!r}")
 
 
 def available(device_type: str = "cpu") -> dict[str, str]:
     """Each backend's name with the reason why it cannot run on the device, empty where it can."""
     return {name: _why_not(name, device_type) for name in NAMES}
+
+
+def why_eager(device_type: str) -> str:
+    """Why no fused backend is chosen for a device by itself; empty where one is."""
+    reasons = [_why_not(name, device_type) for name in AUTOMATIC.get(device_type, ("cpp",))]
+    return "; ".join(reasons) if all(reasons) else ""
 
 
 def cpu_capability() -> str:
@@ -59,6 +68,8 @@ def table(name: str) -> Any:
     """The ops of a fused backend, as attributes under the names of ``preact.ops.SCHEMAS``."""
     if name == "cpp":
         return torch.ops.preact
+    if name == "triton":
+        return torch.ops.preact_triton
     raise ValueError(f"backend {name!r} has no table of ops")
 
 
@@ -89,12 +100,12 @@ def _choose(forced: str | None, device_type: str) -> str:
         if reason:
             raise RuntimeError(f"backend {wanted!r} cannot run on {device_type}: {reason}")
         return wanted
-    reason = cpp.why_not(device_type)
-    if not reason:
-        return "cpp"
+    for name in AUTOMATIC.get(device_type, ()):
+        if not _why_not(name, device_type):
+            return name
     if device_type not in _reported:
         _reported.add(device_type)
-        _log.info("running eager PyTorch on %s: %s", device_type, reason)
+        _log.info("running eager PyTorch on %s: %s", device_type, why_eager(device_type))
     return "reference"
 
 

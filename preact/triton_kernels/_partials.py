@@ -21,11 +21,14 @@ def merge_moments_kernel(
     partial_ptr,  # [tiles, 2, channels]: mean and M2 of each tile's rows
     mean_ptr,  # [programs, channels] with rows of merged_stride, as the next
     spread_ptr,  # M2, or where LAST the variance
+    origin_ptr,  # [channels] with origin_stride: what the tiles' means are relative to
+    origin_stride,
     merged_stride,
     tiles,
     channels,
     rows,  # over all tiles
     rows_per_tile,  # the last tile may hold fewer
+    HAS_ORIGIN: tl.constexpr,
     LAST: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -52,6 +55,9 @@ def merge_moments_kernel(
     spread = tl.sum(m2 + deviation * deviation * count[:, None], 0)
     if LAST:
         spread = spread / total
+        if HAS_ORIGIN:
+            offset = channel.to(tl.int64) * origin_stride
+            merged += tl.load(origin_ptr + offset, channel < channels, other=0.0).to(tl.float32)
     out = tl.program_id(0).to(tl.int64) * merged_stride + channel
     tl.store(mean_ptr + out, merged, channel < channels)
     tl.store(spread_ptr + out, spread, channel < channels)
@@ -81,8 +87,15 @@ def merge_sums_kernel(
     tl.store(second_ptr + program * merged_stride + after, merged, mask)
 
 
-def merge_moments(partial: Tensor, rows: int, rows_per_tile: int) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance ``[C]`` from ``[tiles, 2, C]``, each tile of ``rows_per_tile``."""
+def merge_moments(
+    partial: Tensor, rows: int, rows_per_tile: int, origin: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance ``[C]`` from ``[tiles, 2, C]``, each tile of ``rows_per_tile``.
+
+    The tiles' means are relative to ``origin`` ``[C]`` where it is given: those of values far from
+    zero keep their digits that way.
+    """
+    origin_stride = 0 if origin is None else origin.stride(0)
     while True:
         tiles, _, channels = partial.shape
         programs = triton.cdiv(tiles, TILES)
@@ -95,7 +108,8 @@ def merge_moments(partial: Tensor, rows: int, rows_per_tile: int) -> tuple[Tenso
         )
         grid = (programs, triton.cdiv(channels, _BLOCK_MOMENTS))
         merge_moments_kernel[grid](
-            partial, mean, spread, 2 * channels, tiles, channels, rows, rows_per_tile, LAST=last,
+            partial, mean, spread, origin, origin_stride, 2 * channels, tiles, channels, rows,
+            rows_per_tile, HAS_ORIGIN=origin is not None, LAST=last,
             TILES=min(TILES, triton.next_power_of_2(tiles)), BLOCK_C=_BLOCK_MOMENTS,
         )  # fmt: skip
         if merged is None:

@@ -1,8 +1,8 @@
 """Triton's interpreter with bfloat16 as on a GPU, and quick enough for whole networks' shapes.
 
 As it comes, the interpreter cuts float32 to bfloat16 instead of rounding, multiplies the bit
-patterns of bfloat16 in ``tl.dot``, and patches ``triton.language`` anew at every call of a device
-function. Nothing here knows our kernels.
+patterns of bfloat16 in ``tl.dot``, adds up a column one value after the other, and patches
+``triton.language`` anew at every call of a device function. Nothing here knows our kernels.
 """
 
 from __future__ import annotations
@@ -56,6 +56,24 @@ def _dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
     return _Handle(np.matmul(left, right) + d.data, d.dtype.scalar)
 
 
+def _sum(self: Any, input: Any) -> Any:
+    """As a tree, the way threads and warps add."""
+    data = input.handle.data
+    axis = self.axis
+    if axis is None:
+        data, axis = data.reshape(-1), 0
+    data = np.moveaxis(data, axis, 0)
+    while len(data) > 1:
+        half = len(data) // 2
+        data = data[:half] + data[half:]
+    result = data[0]
+    if self.keep_dims:
+        result = np.expand_dims(result, axis) if self.axis is not None else result.reshape(
+            [1] * input.handle.data.ndim
+        )  # fmt: skip
+    return self.to_tensor(result, input.dtype)
+
+
 class _Patches:
     """The modules of device functions that this launch has patched ``triton.language`` for."""
 
@@ -83,6 +101,7 @@ def repaired() -> Iterator[None]:
     patches = _Patches()
     with (
         mock.patch.multiple(_Builder, **changes),
+        mock.patch.object(interpreter.ReduceOps, "sum", _sum),
         mock.patch.object(
             interpreter.GridExecutor, "__call__", lambda *a, **k: patches.launch(*a, **k)
         ),
