@@ -177,7 +177,10 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.M
     Returns ``module``. Raises ``TypeError`` for a batch norm of another type, whose forward may do
     more than normalise; nothing is changed then.
     """
-    known: dict[type, type] = {nn.BatchNorm2d: SyncBatchNorm2d, BatchNormReLU2d: SyncBatchNormReLU2d}
+    known: dict[type, type] = {
+        nn.BatchNorm2d: SyncBatchNorm2d,
+        BatchNormReLU2d: SyncBatchNormReLU2d,
+    }
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
     for norm in norms:
         if type(norm) not in known and not hasattr(norm, "process_group"):

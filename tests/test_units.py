@@ -150,3 +150,19 @@ def test_kept_for_backward(unit):
         "relu_only_preactivation": (4, 3), "full_preactivation": (4, 2),
     }  # fmt: skip
     assert (kept["reference"], kept["cpp"]) == expected[unit]
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_compiles_whole(unit):
+    """One graph, without breaks, forward and backward."""
+    shortcut = "exclusive_gating" if unit == "original" else "identity"
+    module = ResidualUnit(8, 8, 2, unit=unit, shortcut=shortcut, option="A").double()
+    twin = copy.deepcopy(module)
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    expected, output = twin(x), compiled(x)
+    assert_same_in_float64(output, expected)
+    expected.square().sum().backward()
+    output.square().sum().backward()
+    for found, parameter in zip(module.parameters(), twin.parameters(), strict=True):
+        assert_same_in_float64(found.grad, parameter.grad)
