@@ -10,6 +10,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 import click
 
 from .compare import compare
+from .signal import signal
 
 DEFAULT = compare
 
@@ -29,6 +30,7 @@ def main() -> None:
 
 
 main.add_command(compare)
+main.add_command(signal)
 
 if __name__ == "__main__":
     main(prog_name="python -m benchmarks")
