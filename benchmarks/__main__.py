@@ -11,6 +11,7 @@ import click
 
 from .compare import compare
 from .signal import signal
+from .train import train
 
 DEFAULT = compare
 
@@ -31,6 +32,7 @@ def main() -> None:
 
 main.add_command(compare)
 main.add_command(signal)
+main.add_command(train)
 
 if __name__ == "__main__":
     main(prog_name="python -m benchmarks")

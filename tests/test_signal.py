@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -53,7 +54,7 @@ def test_the_direct_term_is_the_last_gradient_times_the_factors(scale):
     """Equation 8: exactly the product of the lambdas of the units that it passes."""
     signals, _ = run(network("full_preactivation", shortcuts.constant_scaling(scale, 1.0)))
     first = signals[1:4]  # stage 0 without its first unit
-    for at, following in zip(first, first[1:], strict=False):
+    for at, following in itertools.pairwise(first):
         assert math.isclose(at.direct, scale * following.direct, rel_tol=1e-12)
     assert math.isnan(signals[4].direct)
 
