@@ -46,6 +46,10 @@ SCHEMAS: dict[str, str] = {
         f"(Tensor grad_output, Tensor input, {_NORM}, float eps, Tensor conv_weight, {_CONV},"
         f" {_PENDING}) -> Tensor"
     ),
+    "batch_norm_relu_conv2d_backward": (
+        f"(Tensor grad_output, Tensor input, {_NORM}, float eps, Tensor conv_weight,"
+        f" Tensor? grad_activation, {_CONV}, {_PENDING}) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
     "batch_norm_backward_coefficients": (
         "(Tensor input, Tensor mean, Tensor var, Tensor? weight, Tensor? grad_weight,"
         " Tensor? grad_bias, float eps) -> Tensor"
@@ -130,6 +134,13 @@ def _fake_conv2d_backward_weight(
     return _like(conv_weight)
 
 
+def _fake_conv2d_backward(
+    grad_output: Tensor, input: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
+    grad_weight = _fake_conv2d_backward_weight(grad_output, input, *arguments)
+    return (*_fake_conv2d_backward_input(grad_output, input), grad_weight)
+
+
 def _fake_coefficients(input: Tensor, *_: Any) -> Tensor:
     return input.new_empty(4, input.size(1), dtype=reference.accumulate_dtype(input.dtype))
 
@@ -144,6 +155,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "batch_norm_relu_conv2d": _fake_conv2d,
     "batch_norm_relu_conv2d_backward_input": _fake_conv2d_backward_input,
     "batch_norm_relu_conv2d_backward_weight": _fake_conv2d_backward_weight,
+    "batch_norm_relu_conv2d_backward": _fake_conv2d_backward,
     "batch_norm_backward_coefficients": _fake_coefficients,
 }
 

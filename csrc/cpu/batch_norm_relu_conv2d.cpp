@@ -1,0 +1,93 @@
+#define PREACT_KERNELS "cpu/batch_norm_relu_conv2d_kernel.h"
+#include "cpu/foreach_capability.h"
+#include "cpu/conv2d_host.h"
+
+namespace preact::cpu {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> direct(const Tensor& input, const Affine<float>& affine,
+                                          const Tensor& conv_weight, const OptionalTensor& bias,
+                                          const OptionalTensor& residual,
+                                          const Conv2dShape& shape) {
+  constexpr int64_t kMostChunks = 64;
+  DirectForward task;
+  task.blocks = DirectBlocks::of(shape);
+  const Conv2dShape& blocks = task.blocks.shape;
+  task.staged = stage_input(blocks);
+  task.gather = forward_gather(blocks, task.staged);
+  float* const weights = scratch(Slot::weights, packed_size(blocks, blocks.taps()));
+  pack_weights(data<float>(conv_weight), weight_strides(conv_weight), blocks, task.gather.kernel,
+               false, weights);
+  Tensor output = empty_map({shape.batch, shape.out_channels, shape.out_h, shape.out_w}, input,
+                            MemoryFormat::ChannelsLast);
+  Tensor mean = empty_vector(output), var = empty_vector(output);
+  task.norm = direct_norm(affine);
+  task.input = data<float>(input);
+  task.weights = weights;
+  task.bias = maybe_data(bias);
+  task.residual = maybe_data(residual);
+  task.output = mutable_data<float>(output);
+
+  const BlockChunks chunks(blocks, kMostChunks);
+  const FeatureMap map{shape.batch, shape.out_channels, shape.out_h * shape.out_w, true};
+  const Chunks rows{chunks.count, chunks.size * blocks.out_h * blocks.out_w};
+  Partials partials(map, rows);
+  const auto part = PREACT_SELECT(batch_norm_relu_conv2d_part, float);
+  torch::stable::parallel_for(0, chunks.count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      part(task, chunks.begin(chunk), chunks.end(blocks, chunk),
+           partials.first.data() + chunk * map.channels,
+           partials.second.data() + chunk * map.channels);
+    }
+  });
+  write_statistics<float>(partials, map, rows, mean, var);
+  return {output, mean, var};
+}
+
+}  // namespace
+
+// conv2d(relu(batch_norm(input))) + conv_bias + residual, and the mean and biased variance of that.
+std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_conv2d(
+    const Tensor& input, const Tensor& mean, const Tensor& var, const OptionalTensor& weight,
+    const OptionalTensor& bias, double eps, const Tensor& conv_weight,
+    const OptionalTensor& conv_bias, const OptionalTensor& residual, Pair stride, Pair padding,
+    Pair dilation, int64_t groups) {
+  const ConvArguments conv{stride, padding, dilation, groups};
+  const Conv2dShape shape = conv2d_shape(input, conv_weight, conv);
+  if (is_direct(input, conv_weight, shape, groups)) {
+    if (conv_bias) {
+      STD_TORCH_CHECK(conv_bias->dim() == 1 && conv_bias->size(0) == shape.out_channels &&
+                          conv_bias->scalar_type() == ScalarType::Float,
+                      "conv_bias must have ", shape.out_channels, " float32 elements");
+    }
+    if (residual) {
+      STD_TORCH_CHECK(residual->dim() == 4 && residual->size(0) == shape.batch &&
+                          residual->size(1) == shape.out_channels &&
+                          residual->size(2) == shape.out_h && residual->size(3) == shape.out_w &&
+                          residual->scalar_type() == ScalarType::Float,
+                      "residual must have the shape and type of the convolution's result");
+    }
+    const auto ready = [](const OptionalTensor& tensor, MemoryFormat format) {
+      return tensor ? OptionalTensor(dense(*tensor, format)) : std::nullopt;
+    };
+    return direct(dense(input, MemoryFormat::ChannelsLast),
+                  Affine<float>(input, mean, var, weight, bias, eps), conv_weight,
+                  ready(conv_bias, MemoryFormat::Contiguous),
+                  ready(residual, MemoryFormat::ChannelsLast), shape);
+  }
+  const MemoryFormat format = memory_format_of(input);
+  Tensor activation = batch_norm_relu(input, mean, var, weight, bias, eps);
+  if (activation.scalar_type() != conv_weight.scalar_type()) {
+    activation = torch::stable::to(activation, conv_weight.scalar_type());
+  }
+  const Tensor output = dense(convolution(activation, conv_weight, conv_bias, conv), format);
+  if (residual) return identity_add(output, *residual);
+  const auto [own_mean, own_var] = batch_norm_stats(output);
+  return {output, own_mean, own_var};
+}
+
+}  // namespace preact::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(preact, CPU, m) {
+  m.impl("batch_norm_relu_conv2d", TORCH_BOX(&preact::cpu::batch_norm_relu_conv2d));
+}
