@@ -133,27 +133,6 @@ def batch_norm_relu_backward_apply(
     return preserve_layout(grad_input.to(input.dtype), input)
 
 
-def conv2d_weight_gradient(
-    grad_output: Tensor,
-    input: Tensor,
-    kernel_h: int,
-    kernel_w: int,
-    stride_h: int,
-    stride_w: int,
-    padding_h: int,
-    padding_w: int,
-    dilation_h: int,
-    dilation_w: int,
-) -> Tensor:
-    """Gradient ``[O, C, KH, KW]`` of a convolution's weight, without groups, channels_last."""
-    weight = input.new_empty(grad_output.size(1), input.size(1), kernel_h, kernel_w)
-    gradient = torch.ops.aten.convolution_backward.default(
-        grad_output, input, weight, None, [stride_h, stride_w], [padding_h, padding_w],
-        [dilation_h, dilation_w], False, [0, 0], 1, [False, True, False],
-    )[1]  # fmt: skip
-    return gradient.contiguous(memory_format=torch.channels_last)
-
-
 def convolve(
     input: Tensor,
     weight: Tensor,

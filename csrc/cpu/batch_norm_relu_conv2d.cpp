@@ -52,38 +52,23 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_conv2d(
     const OptionalTensor& bias, double eps, const Tensor& conv_weight,
     const OptionalTensor& conv_bias, const OptionalTensor& residual, Pair stride, Pair padding,
     Pair dilation, int64_t groups) {
-  const ConvArguments conv{stride, padding, dilation, groups};
-  const Conv2dShape shape = conv2d_shape(input, conv_weight, conv);
-  if (is_direct(input, conv_weight, shape, groups)) {
-    if (conv_bias) {
-      STD_TORCH_CHECK(conv_bias->dim() == 1 && conv_bias->size(0) == shape.out_channels &&
-                          conv_bias->scalar_type() == ScalarType::Float,
-                      "conv_bias must have ", shape.out_channels, " float32 elements");
-    }
-    if (residual) {
-      STD_TORCH_CHECK(residual->dim() == 4 && residual->size(0) == shape.batch &&
-                          residual->size(1) == shape.out_channels &&
-                          residual->size(2) == shape.out_h && residual->size(3) == shape.out_w &&
-                          residual->scalar_type() == ScalarType::Float,
-                      "residual must have the shape and type of the convolution's result");
-    }
-    const auto ready = [](const OptionalTensor& tensor, MemoryFormat format) {
-      return tensor ? OptionalTensor(dense(*tensor, format)) : std::nullopt;
-    };
-    return direct(dense(input, MemoryFormat::ChannelsLast),
-                  Affine<float>(input, mean, var, weight, bias, eps), conv_weight,
-                  ready(conv_bias, MemoryFormat::Contiguous),
-                  ready(residual, MemoryFormat::ChannelsLast), shape);
+  const Conv2dShape shape = conv2d_shape(input, conv_weight, {stride, padding, dilation, groups});
+  if (!is_direct(input, conv_weight, shape, groups)) {
+    const auto found = run_reference("preact::batch_norm_relu_conv2d", input, mean, var, weight,
+                                     bias, eps, conv_weight, conv_bias, residual, stride, padding,
+                                     dilation, groups);
+    using torch::stable::detail::to;
+    return {to<Tensor>(found[0]), to<Tensor>(found[1]), to<Tensor>(found[2])};
   }
-  const MemoryFormat format = memory_format_of(input);
-  Tensor activation = batch_norm_relu(input, mean, var, weight, bias, eps);
-  if (activation.scalar_type() != conv_weight.scalar_type()) {
-    activation = torch::stable::to(activation, conv_weight.scalar_type());
+  if (conv_bias) {
+    STD_TORCH_CHECK(conv_bias->dim() == 1 && conv_bias->size(0) == shape.out_channels &&
+                        conv_bias->scalar_type() == ScalarType::Float,
+                    "conv_bias must have ", shape.out_channels, " float32 elements");
   }
-  const Tensor output = dense(convolution(activation, conv_weight, conv_bias, conv), format);
-  if (residual) return identity_add(output, *residual);
-  const auto [own_mean, own_var] = batch_norm_stats(output);
-  return {output, own_mean, own_var};
+  if (residual) check_result_like(*residual, shape, "residual");
+  return direct(input, Affine<float>(input, mean, var, weight, bias, eps), conv_weight,
+                dense(conv_bias, MemoryFormat::Contiguous),
+                dense(residual, MemoryFormat::ChannelsLast), shape);
 }
 
 }  // namespace preact::cpu

@@ -74,14 +74,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_conv2d_backward(
     const OptionalTensor& pending_input, const OptionalTensor& coefficients) {
   const Conv2dShape shape =
       conv2d_shape(input, conv_weight, {stride, padding, dilation, groups});
-  STD_TORCH_CHECK(is_direct(input, conv_weight, shape, groups),
-                  "input and conv_weight must be float32, input channels_last, groups 1 and stride "
-                  "1 or 2");
-  STD_TORCH_CHECK(grad_output.dim() == 4 && grad_output.size(0) == shape.batch &&
-                      grad_output.size(1) == shape.out_channels &&
-                      grad_output.size(2) == shape.out_h && grad_output.size(3) == shape.out_w &&
-                      grad_output.scalar_type() == ScalarType::Float,
-                  "grad_output must have the shape and type of the convolution's result");
+  if (!is_direct(input, conv_weight, shape, groups)) {
+    const auto found = run_reference(
+        "preact::batch_norm_relu_conv2d_backward", grad_output, input, mean, var, weight, bias, eps,
+        conv_weight, grad_activation, stride, padding, dilation, groups, pending_input,
+        coefficients);
+    using torch::stable::detail::to;
+    return {to<Tensor>(found[0]), to<Tensor>(found[1]), to<Tensor>(found[2]), to<Tensor>(found[3])};
+  }
+  check_result_like(grad_output, shape, "grad_output");
   STD_TORCH_CHECK(pending_input.has_value() == coefficients.has_value(),
                   "pending_input and coefficients must be given together");
   if (grad_activation) check_like(*grad_activation, input, "grad_activation");
@@ -92,17 +93,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_conv2d_backward(
                         coefficients->scalar_type() == ScalarType::Float,
                     "coefficients must be float32 of [4, O]");
   }
-  const auto ready = [](const OptionalTensor& tensor, MemoryFormat format) {
-    return tensor ? OptionalTensor(dense(*tensor, format)) : std::nullopt;
-  };
-  const Tensor x = dense(input, MemoryFormat::ChannelsLast);
-  Gradients found{empty_like(x, memory_format_of(input)), empty_vector(input), empty_vector(input),
-                  empty_like(conv_weight, memory_format_of(conv_weight))};
-  direct(dense(grad_output, MemoryFormat::ChannelsLast), x,
+  Gradients found{empty_like(input, MemoryFormat::ChannelsLast), empty_vector(input),
+                  empty_vector(input), empty_like(conv_weight, memory_format_of(conv_weight))};
+  direct(preact::dense(grad_output, MemoryFormat::ChannelsLast), input,
          Affine<float>(input, mean, var, weight, bias, eps), conv_weight,
-         ready(grad_activation, MemoryFormat::ChannelsLast),
-         ready(pending_input, MemoryFormat::ChannelsLast),
-         ready(coefficients, MemoryFormat::Contiguous), shape, found);
+         dense(grad_activation, MemoryFormat::ChannelsLast),
+         dense(pending_input, MemoryFormat::ChannelsLast),
+         dense(coefficients, MemoryFormat::Contiguous), shape, found);
   return {found.grad_z, found.grad_weight, found.grad_bias, found.grad_conv_weight};
 }
 

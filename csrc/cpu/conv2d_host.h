@@ -41,11 +41,12 @@ inline Conv2dShape conv2d_shape(const Tensor& input, const Tensor& weight,
 }
 
 // Whether the direct convolution takes these: float32 in channels_last, no groups, a stride its
-// tiles are compiled for. Everything else is composed of the streaming kernels and the library's.
+// tiles are compiled for. Everything else runs as the reference does.
 inline bool is_direct(const Tensor& input, const Tensor& weight, const Conv2dShape& shape,
                       int64_t groups) {
   return input.scalar_type() == ScalarType::Float && weight.scalar_type() == ScalarType::Float &&
-         groups == 1 && has_direct_stride(shape) && is_channels_last(input) && shape.batch > 0;
+         groups == 1 && has_direct_stride(shape) && shape.batch > 0 &&
+         memory_format_of(input) == MemoryFormat::ChannelsLast;
 }
 
 inline WeightStrides weight_strides(const Tensor& weight) {
@@ -67,17 +68,25 @@ inline Tensor empty_map(const std::array<int64_t, 4>& sizes, const Tensor& like,
                               like.device(), std::nullopt, format);
 }
 
-// The library's convolution.
-Tensor convolution(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                   const ConvArguments& conv);
-// Its gradients of input and weight.
-std::tuple<Tensor, Tensor> convolution_backward(const Tensor& grad_output, const Tensor& input,
-                                                const Tensor& weight, const ConvArguments& conv);
+inline OptionalTensor dense(const OptionalTensor& tensor, MemoryFormat format) {
+  return tensor ? OptionalTensor(preact::dense(*tensor, format)) : std::nullopt;
+}
 
-// The ops that others are composed of.
-std::tuple<Tensor, Tensor> batch_norm_stats(const Tensor& input);
-Tensor batch_norm_relu(const Tensor& input, const Tensor& mean, const Tensor& var,
-                       const OptionalTensor& weight, const OptionalTensor& bias, double eps);
-std::tuple<Tensor, Tensor, Tensor> identity_add(const Tensor& input, const Tensor& other);
+inline void check_result_like(const Tensor& tensor, const Conv2dShape& shape, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == 4 && tensor.size(0) == shape.batch &&
+                      tensor.size(1) == shape.out_channels && tensor.size(2) == shape.out_h &&
+                      tensor.size(3) == shape.out_w && tensor.scalar_type() == ScalarType::Float,
+                  name, " must have the shape and type of the convolution's result");
+}
+
+// Runs the op's formulas in PyTorch's own operations, for what the direct convolution leaves.
+template <typename... Arguments>
+auto run_reference(const char* op, const Arguments&... arguments) {
+  std::array<StableIValue, sizeof...(Arguments)> stack{
+      torch::stable::detail::from(arguments)...};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher(op, "reference", stack.data(), TORCH_ABI_VERSION));
+  return stack;
+}
 
 }  // namespace preact::cpu
