@@ -1,8 +1,8 @@
 """Autograd Functions: which tensors are saved for backward, and which op runs when.
 
 Saved are the inputs of the batch norms, per-channel vectors and weights; the activations between
-are computed again in backward, or kept with ``save_activation``. Forwards are functional, no input
-is written to.
+are computed again in backward, or kept with ``save_activation`` where they are written at all (a
+fused convolution writes none). Forwards are functional, no input is written to.
 
 Statistics come in as constants and are differentiated through by formula: with ``batch_stats`` the
 caller promises that ``mean`` and ``var`` are those of ``input`` itself.
