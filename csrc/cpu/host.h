@@ -63,6 +63,27 @@ struct Affine {
   }
 };
 
+// What the two sums of the backward add to scale * dz: slope * (x - mean) + offset, per channel;
+// zero where the statistics are constants and there are no sums.
+template <typename A>
+struct BackwardSums {
+  std::vector<A> slope, offset;
+
+  BackwardSums(const Tensor& input, const Affine<A>& affine, const OptionalTensor& grad_weight,
+               const OptionalTensor& grad_bias, int64_t count)
+      : slope(affine.scale.size(), A(0)), offset(affine.scale.size(), A(0)) {
+    if (!grad_weight) return;
+    const Tensor sum_dz_x = channel_vector(*grad_weight, input, "grad_weight");
+    const Tensor sum_dz = channel_vector(*grad_bias, input, "grad_bias");
+    const A inverse = A(1) / static_cast<A>(count);
+    for (size_t c = 0; c < slope.size(); ++c) {
+      const A share = -affine.scale[c] * inverse;
+      slope[c] = share * affine.invstd[c] * data<A>(sum_dz_x)[c];
+      offset[c] = share * data<A>(sum_dz)[c];
+    }
+  }
+};
+
 // Per-task partial results: two doubles for each of a task's channels.
 struct Partials {
   std::vector<double> first, second;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -192,7 +192,8 @@ def float32_precision(dtype: torch.dtype) -> str:
     """How ``tl.dot`` multiplies: as the user lets cuDNN, for float32; else it plays no part."""
     if dtype != torch.float32:
         return "tf32"
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+    cudnn: Any = torch.backends.cudnn  # whose annotations lack conv
+    return "tf32" if cudnn.conv.fp32_precision == "tf32" else "ieee"
 
 
 def tile_size(extent: int, most: int) -> int:
