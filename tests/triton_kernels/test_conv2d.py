@@ -11,19 +11,10 @@ from torch import Tensor
 from preact import reference
 from preact.triton_kernels import tuning
 from preact.triton_kernels._prologue import Config
-from preact.triton_kernels.batch_norm_backward_coefficients import (
-    batch_norm_backward_coefficients,
-)
-from preact.triton_kernels.batch_norm_relu_conv2d import batch_norm_relu_conv2d
-from preact.triton_kernels.batch_norm_relu_conv2d_backward_input import (
-    batch_norm_relu_conv2d_backward_input,
-)
-from preact.triton_kernels.batch_norm_relu_conv2d_backward_weight import (
-    batch_norm_relu_conv2d_backward_weight,
-)
 
 from ..tolerances import assert_as_good_as_eager
 
+OPS = torch.ops.preact_triton
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SMALL = Config(16, 16, 16, 4, 2)
 """Small tiles, so that small maps have several, and some that the map does not fill."""
@@ -61,6 +52,7 @@ class Prefix(NamedTuple):
     conv_bias: Tensor | None
     residual: Tensor | None
     grad: Tensor
+    grad_activation: Tensor
     pending: tuple[Tensor, Tensor]
     geometry: tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]
 
@@ -94,7 +86,8 @@ def sample(case: Case, dtype: torch.dtype, device: torch.device, affine: bool = 
     coefficients = reference.batch_norm_backward_coefficients(following, *vectors, *sums, 1e-5)
     return Prefix(
         x, (*reference.batch_norm_stats(x), *norm), weight, make(outs) if affine else None,
-        make(*shape) if affine else None, make(*shape), (following, coefficients), geometry,
+        make(*shape) if affine else None, make(*shape), make(*case.shape),
+        (following, coefficients), geometry,
     )  # fmt: skip
 
 
@@ -128,31 +121,31 @@ def compare(names: str, found, eager, exact, terms: float = 0.0) -> None:
         assert_as_good_as_eager(name, *parts, terms)
 
 
-@pytest.mark.parametrize("case", ROW_CASES.values(), ids=list(ROW_CASES))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_forward_by_rows(dtype, case, device, tiles):
-    tiles[:] = [ROWS]
-    test_forward(dtype, case, True, device)
+FORWARD = [
+    *((SMALL, case, torch.float32, True) for case in CASES.values()),
+    *((ROWS, case, torch.float32, True) for case in ROW_CASES.values()),
+    *((config, CASES["3x3"], dtype, False) for config in (SMALL, ROWS) for dtype in DTYPES[1:]),
+]
+# Whether the gradient is pending, and whether other users of the activation contribute.
+BACKWARD = [
+    *((SMALL, c, torch.float32, i % 2 == 0, i % 3 == 0) for i, c in enumerate(CASES.values())),
+    *((ROWS, c, torch.float32, i % 2 == 0, i < 2) for i, c in enumerate(ROW_CASES.values())),
+    (SMALL, CASES["3x3"], torch.bfloat16, True, True),
+    (SMALL, CASES["3x3"], torch.float16, False, False),
+    (ROWS, CASES["3x3"], torch.bfloat16, False, True),
+    (ROWS, CASES["3x3"], torch.float16, True, False),
+]
 
 
-@pytest.mark.parametrize("pending", [False, True], ids=["formed", "pending"])
-@pytest.mark.parametrize("case", ROW_CASES.values(), ids=list(ROW_CASES))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_backward_by_rows(dtype, case, pending, device, tiles):
-    tiles[:] = [ROWS]
-    test_backward(dtype, case, pending, device)
-
-
-@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
-@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_forward(dtype, case, affine, device):
+@pytest.mark.parametrize(("config", "case", "dtype", "affine"), FORWARD)
+def test_forward(config, case, dtype, affine, device, tiles):
+    tiles[:] = [config]
     given = sample(case, dtype, device, affine)
 
     def arguments(p: Prefix):
         return (p.x, *p.vectors, 1e-5, p.conv_weight, p.conv_bias, p.residual, *p.geometry)
 
-    output, *statistics = batch_norm_relu_conv2d(*arguments(given))
+    output, *statistics = OPS.batch_norm_relu_conv2d(*arguments(given))
     eager = reference.batch_norm_relu_conv2d(*arguments(given))
     exact = reference.batch_norm_relu_conv2d(*arguments(given.double()))
     assert_as_good_as_eager("output", output, eager[0], exact[0])
@@ -162,20 +155,21 @@ def test_forward(dtype, case, affine, device):
     assert output.is_contiguous(memory_format=reference.memory_format_of(given.x))
 
 
-@pytest.mark.parametrize("pending", [False, True], ids=["formed", "pending"])
-@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_backward(dtype, case, pending, device):
+@pytest.mark.parametrize(("config", "case", "dtype", "pending", "added"), BACKWARD)
+def test_backward(config, case, dtype, pending, added, device, tiles):
+    tiles[:] = [config]
     given = sample(case, dtype, device, affine=not pending)
 
     def arguments(p: Prefix):
         rest = p.pending if pending else ()
-        return (p.grad, p.x, *p.vectors, 1e-5, p.conv_weight, *p.geometry, *rest)
+        other = p.grad_activation if added else None
+        return (p.grad, p.x, *p.vectors, 1e-5, p.conv_weight, other, *p.geometry, *rest)
 
-    name = reference.batch_norm_relu_conv2d_backward_input
-    found = batch_norm_relu_conv2d_backward_input(*arguments(given))
-    eager, exact = name(*arguments(given)), name(*arguments(given.double()))
+    found = OPS.batch_norm_relu_conv2d_backward(*arguments(given))
+    eager = reference.batch_norm_relu_conv2d_backward(*arguments(given))
+    exact = reference.batch_norm_relu_conv2d_backward(*arguments(given.double()))
     compare("grad_z", found[:1], eager[:1], exact[:1])
+    compare("grad_conv_weight", found[3:], eager[3:], exact[3:])
     activation = reference.batch_norm_relu(given.x, *given.vectors, 1e-5)
     assert not found[0][activation == 0].any(), "the mask is not the forward's"
     sums = [
@@ -186,13 +180,19 @@ def test_backward(dtype, case, pending, device):
         )
     ]
     terms = float(found[0].double().abs().sum((0, 2, 3)).max())
-    compare("sum_dz_x sum_dz", found[1:], *sums, terms)
+    compare("sum_dz_x sum_dz", found[1:3], *sums, terms)
+    assert found[3].stride() == reference.preserve_layout(found[3], given.conv_weight).stride()
 
-    name = reference.batch_norm_relu_conv2d_backward_weight
-    gradient = batch_norm_relu_conv2d_backward_weight(*arguments(given))
-    eager, exact = name(*arguments(given)), name(*arguments(given.double()))
-    compare("grad_conv_weight", [gradient], [eager], [exact])
-    assert gradient.stride() == reference.preserve_layout(gradient, given.conv_weight).stride()
+
+def test_each_gradient_alone_is_that_of_both(device):
+    given = sample(CASES["3x3"], torch.float32, device)
+    before = (given.grad, given.x, *given.vectors, 1e-5, given.conv_weight)
+    *of_input, of_weight = OPS.batch_norm_relu_conv2d_backward(*before, None, *given.geometry)
+    alone = OPS.batch_norm_relu_conv2d_backward_input(*before, *given.geometry)
+    for one, both in zip(alone, of_input, strict=True):
+        assert torch.equal(one, both)
+    alone = OPS.batch_norm_relu_conv2d_backward_weight(*before, *given.geometry)
+    assert torch.equal(alone, of_weight)
 
 
 @pytest.mark.parametrize("batch_stats", [True, False])
@@ -201,7 +201,7 @@ def test_coefficients(batch_stats, device):
     mean, var, weight, *sums = (torch.rand(300, device=device) for _ in range(5))
     given = sums if batch_stats else (None, None)
     arguments = (x, mean, var, weight, *given, 1e-5)
-    found = batch_norm_backward_coefficients(*arguments)
+    found = OPS.batch_norm_backward_coefficients(*arguments)
     torch.testing.assert_close(found, reference.batch_norm_backward_coefficients(*arguments))
 
 
@@ -211,7 +211,7 @@ def test_large_mean_small_variance(device):
     residual = torch.randn_like(x) + 1e4
     zeros, ones = torch.zeros(16, device=device), torch.ones(16, device=device)
     weight = torch.zeros(16, 16, 1, 1, device=device)
-    output, mean, var = batch_norm_relu_conv2d(
+    output, mean, var = OPS.batch_norm_relu_conv2d(
         x, zeros, ones, None, None, 1e-5, weight, None, residual, (1, 1), (0, 0), (1, 1), 1
     )
     assert torch.equal(output, residual)
@@ -227,13 +227,13 @@ def test_a_launcher_names_the_argument_it_refuses(name, device):
     given = sample(CASES["1x1"], torch.float32, device)
     vectors, geometry = (*given.vectors, 1e-5), given.geometry
     wrong = {
-        "residual": lambda: batch_norm_relu_conv2d(
+        "residual": lambda: OPS.batch_norm_relu_conv2d(
             given.x, *vectors, given.conv_weight, None, given.grad[:, 1:], *geometry
         ),
-        "grad_output": lambda: batch_norm_relu_conv2d_backward_input(
+        "grad_output": lambda: OPS.batch_norm_relu_conv2d_backward_input(
             given.grad[1:], given.x, *vectors, given.conv_weight, *geometry
         ),
-        "conv_weight": lambda: batch_norm_relu_conv2d_backward_weight(
+        "conv_weight": lambda: OPS.batch_norm_relu_conv2d_backward_weight(
             given.grad, given.x, *vectors, given.conv_weight.double(), *geometry
         ),
     }
