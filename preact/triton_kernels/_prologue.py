@@ -169,22 +169,21 @@ def product_configs(
 
     ``columns`` and ``inner`` are channels of a group: of the result, of the sum. Three accumulators
     want the large tile of a warp-group's instructions, whose results or operands need no registers
-    of all warps; elsewhere a smaller one, or more warps, keeps them from spilling.
+    of all warps; elsewhere a smaller one keeps them from spilling.
     """
-    warp_group = capability in WARP_GROUP
     block_n, block_k = tile_size(columns, 128), tile_size(inner, 64)
     if dtype == torch.float32:
         block_n, block_k = min(block_n, 64), min(block_k, 32)
         if precision == "ieee":
             return (Config(64, min(block_n, 32), 16, 4, 2),)
     each_tap = (
-        Config(128, block_n, block_k, 4 if block_n <= 64 and warp_group else 8, 3),
+        Config(128, block_n, block_k, 8, 3),
         Config(64, block_n, block_k, 4, 3),
     )
     if not by_rows:
         return each_tap
     narrow = min(block_n, 64)
-    if warp_group:
+    if capability in WARP_GROUP:
         return (Config(128, narrow, block_k, 8, 2, row_taps=3), *each_tap)
     return (Config(64, narrow, min(block_k, 32), 8, 3, row_taps=3), *each_tap)
 
