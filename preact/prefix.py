@@ -106,7 +106,8 @@ def prefix_convolutions(
     vectors = (norm.mean, norm.var, norm.weight, norm.bias)
     for index, (weight, bias, geometry) in enumerate(convs):
         added = residual if index == 0 else None
-        if plans.fuses_convolution(input, weight, geometry):
+        work = "forward with statistics" if norm.batch_stats else "forward"
+        if plans.fuses_convolution(input, weight, geometry, work):
             output, *found_here = table.batch_norm_relu_conv2d(
                 input, *vectors, norm.eps, weight, bias, added, *geometry
             )
@@ -218,7 +219,11 @@ def fuses_backward(
     input: Tensor, weight: Tensor, geometry: Geometry, wants_input: bool, wants_weight: bool
 ) -> bool:
     """Whether the backward of a convolution runs fused: it gives both gradients, or none."""
-    return wants_input and wants_weight and plans.fuses_convolution(input, weight, geometry)
+    return (
+        wants_input
+        and wants_weight
+        and plans.fuses_convolution(input, weight, geometry, "backward")
+    )
 
 
 def eager_prefix(
