@@ -16,6 +16,8 @@ from torch import Tensor
 from . import reference
 
 _NORM = "Tensor mean, Tensor var, Tensor? weight, Tensor? bias"
+_CONV = "int[2] stride, int[2] padding, int[2] dilation, int groups"
+_PENDING = "Tensor? pending_input=None, Tensor? coefficients=None"
 
 SCHEMAS: dict[str, str] = {
     "batch_norm_stats": "(Tensor input) -> (Tensor, Tensor)",
@@ -31,6 +33,22 @@ SCHEMAS: dict[str, str] = {
     "conv2d_weight_gradient": (
         "(Tensor grad_output, Tensor input, int kernel_h, int kernel_w, int stride_h,"
         " int stride_w, int padding_h, int padding_w, int dilation_h, int dilation_w) -> Tensor"
+    ),
+    "batch_norm_relu_conv2d": (
+        f"(Tensor input, {_NORM}, float eps, Tensor conv_weight, Tensor? conv_bias,"
+        f" Tensor? residual, {_CONV}) -> (Tensor, Tensor, Tensor)"
+    ),
+    "batch_norm_relu_conv2d_backward_input": (
+        f"(Tensor grad_output, Tensor input, {_NORM}, float eps, Tensor conv_weight, {_CONV},"
+        f" {_PENDING}) -> (Tensor, Tensor, Tensor)"
+    ),
+    "batch_norm_relu_conv2d_backward_weight": (
+        f"(Tensor grad_output, Tensor input, {_NORM}, float eps, Tensor conv_weight, {_CONV},"
+        f" {_PENDING}) -> Tensor"
+    ),
+    "batch_norm_backward_coefficients": (
+        "(Tensor input, Tensor mean, Tensor var, Tensor? weight, Tensor? grad_weight,"
+        " Tensor? grad_bias, float eps) -> Tensor"
     ),
 }
 
@@ -76,6 +94,46 @@ def _fake_weight_gradient(
     )
 
 
+def _fake_conv2d(
+    input: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    residual: Tensor | None,
+    *geometry: Any,
+) -> tuple[Tensor, ...]:
+    plain = reference.convolve(input.to(conv_weight.dtype), conv_weight, conv_bias, *geometry)
+    format = reference.memory_format_of(input)
+    output = torch.empty(plain.shape, dtype=plain.dtype, device=plain.device, memory_format=format)
+    return (output, *_vectors(output, 2))
+
+
+def _fake_conv2d_backward_input(grad_output: Tensor, input: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return (_like(input), *_vectors(input, 2))
+
+
+def _fake_conv2d_backward_weight(
+    grad_output: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    conv_weight: Tensor,
+    *_: Any,
+) -> Tensor:
+    return _like(conv_weight)
+
+
+def _fake_coefficients(input: Tensor, *_: Any) -> Tensor:
+    return input.new_empty(4, input.size(1), dtype=reference.accumulate_dtype(input.dtype))
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "batch_norm_stats": _fake_stats,
     "batch_norm_relu": _fake_apply,
@@ -83,6 +141,10 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "batch_norm_relu_backward_reduce": _fake_reduce,
     "batch_norm_relu_backward_apply": _fake_backward_apply,
     "conv2d_weight_gradient": _fake_weight_gradient,
+    "batch_norm_relu_conv2d": _fake_conv2d,
+    "batch_norm_relu_conv2d_backward_input": _fake_conv2d_backward_input,
+    "batch_norm_relu_conv2d_backward_weight": _fake_conv2d_backward_weight,
+    "batch_norm_backward_coefficients": _fake_coefficients,
 }
 
 for _name, _schema in SCHEMAS.items():

@@ -152,3 +152,148 @@ def conv2d_weight_gradient(
         [dilation_h, dilation_w], False, [0, 0], 1, [False, True, False],
     )[1]  # fmt: skip
     return gradient.contiguous(memory_format=torch.channels_last)
+
+
+def convolve(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """The library's convolution."""
+    return torch.ops.aten.convolution.default(
+        input, weight, bias, stride, padding, dilation, False, [0, 0], groups
+    )
+
+
+def batch_norm_relu_conv2d(
+    input: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    residual: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``conv2d(relu(bn(input))) + conv_bias + residual`` and the statistics of that result.
+
+    The padding is of zeros after batch norm and ReLU. The result ``[N, O, P, Q]`` has the type of
+    ``conv_weight`` and the layout of ``input``; mean and variance ``[O]`` are those of the result
+    as rounded to its type.
+    """
+    activation = batch_norm_relu(input, mean, var, weight, bias, eps).to(conv_weight.dtype)
+    output = convolve(activation, conv_weight, conv_bias, stride, padding, dilation, groups)
+    if residual is not None:
+        output = output + residual
+    output = preserve_layout(output, input)
+    return (output, *batch_norm_stats(output))
+
+
+def batch_norm_backward_coefficients(
+    input: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Rows ``scale, slope, centre, offset`` ``[4, C]`` of the batch norm's backward apply.
+
+    ``dx = scale * dz + slope * (x - centre) + offset``, with ``dz`` the masked gradient. A consumer
+    that has ``dz``, ``input`` and these forms ``dx`` itself, and ``dx`` need never be written.
+    Without the two sums the statistics are constants: slope and offset are zero.
+    """
+    accumulate = accumulate_dtype(input.dtype)
+    invstd = torch.rsqrt(var.to(accumulate) + eps)
+    scale = invstd if weight is None else invstd * weight.to(accumulate)
+    slope, offset = torch.zeros_like(scale), torch.zeros_like(scale)
+    if grad_weight is not None and grad_bias is not None:
+        count = input.numel() // input.size(1)
+        slope = -scale * invstd * grad_weight.to(accumulate) / count
+        offset = -scale * grad_bias.to(accumulate) / count
+    return torch.stack([scale, slope, mean.to(accumulate), offset])
+
+
+def _incoming(
+    grad_output: Tensor, pending_input: Tensor | None, coefficients: Tensor | None
+) -> Tensor:
+    """The gradient itself, formed first where it is pending."""
+    if pending_input is None or coefficients is None:
+        return grad_output
+    scale, slope, centre, offset = (per_channel(row, grad_output) for row in coefficients)
+    formed = scale * grad_output + (slope * (pending_input - centre) + offset)
+    return formed.to(grad_output.dtype)
+
+
+def batch_norm_relu_conv2d_backward_input(
+    grad_output: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    conv_weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    pending_input: Tensor | None = None,
+    coefficients: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(grad_z, sum_dz_x, sum_dz)``: masked gradient before the ReLU, and its two sums ``[C]``.
+
+    ``grad_z`` is like ``input``; the sums are of ``grad_z`` as rounded to its type. The gradient of
+    ``input`` itself is ``batch_norm_relu_backward_apply`` of ``grad_z``, whose mask changes nothing
+    there. Where ``pending_input`` and ``coefficients`` are given, ``grad_output`` is the masked
+    gradient ``dz`` of the norm that follows, whose input (this convolution's result) is
+    ``pending_input``, and its ``batch_norm_backward_coefficients`` complete it.
+    """
+    grad_output = _incoming(grad_output, pending_input, coefficients)
+    grad_activation = torch.ops.aten.convolution_backward.default(
+        grad_output, input.to(conv_weight.dtype), conv_weight, None, stride, padding, dilation,
+        False, [0, 0], groups, [True, False, False],
+    )[0]  # fmt: skip
+    _, z, _ = _centred_and_z(input, mean, var, weight, bias, eps)
+    grad_z = torch.where(z > 0, grad_activation.to(z.dtype), 0).to(input.dtype)
+    grad_z = preserve_layout(grad_z, input)
+    sums = batch_norm_relu_backward_reduce(grad_z, input, mean, var, weight, bias, eps)
+    return (grad_z, *sums)
+
+
+def batch_norm_relu_conv2d_backward_weight(
+    grad_output: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    conv_weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    pending_input: Tensor | None = None,
+    coefficients: Tensor | None = None,
+) -> Tensor:
+    """Gradient of ``conv_weight``, like it; the activation is computed again from ``input``.
+
+    ``grad_output`` may be pending, as in ``batch_norm_relu_conv2d_backward_input``.
+    """
+    activation = batch_norm_relu(input, mean, var, weight, bias, eps).to(conv_weight.dtype)
+    gradient = torch.ops.aten.convolution_backward.default(
+        _incoming(grad_output, pending_input, coefficients), activation, conv_weight, None, stride,
+        padding, dilation, False, [0, 0], groups, [False, True, False],
+    )[1]  # fmt: skip
+    return preserve_layout(gradient, conv_weight)

@@ -287,3 +287,12 @@ def test_rounds_are_paired_and_the_order_turns() -> None:
     assert all(len(s.seconds) == len(s.faults) == 6 for s in samples.values())
     ratio = timing.paired(timing.Samples([2.0, 3.0, 8.0]), timing.Samples([1.0, 1.0, 2.0]))
     assert (ratio.low, ratio.median, ratio.high) == (2.5, 3.0, 3.5)
+
+
+def test_commands_are_listed_and_compare_is_the_default() -> None:
+    listed = CliRunner().invoke(main, ["--help"])
+    assert listed.exit_code == 0
+    assert "compare" in listed.output
+    outputs = [CliRunner().invoke(main, [*name, "--list"]).output for name in ([], ["compare"])]
+    assert outputs[0] == outputs[1]
+    assert "preresnet20" in outputs[0]

@@ -233,12 +233,20 @@ def test_opcheck(name, layout):
     x, grad, skip, vectors = sample((2, 3, 4, 5), torch.float32, layout, True)
     sums = (torch.randn(3), torch.randn(3))
     images = arrange(torch.randn(2, 16, 4, 5), layout)
+    kernel = arrange(torch.randn(6, 1, 3, 2), layout)
+    geometry = ([2, 1], [1, 0], [1, 2], 3)
+    grad_output = arrange(torch.randn(2, 6, 2, 3), layout)
+    backward = (grad_output, x, *vectors, 1e-5, kernel, *geometry)
     arguments = {
         "batch_norm_stats": (x,),
         "identity_add": (x, skip),
         "batch_norm_relu": (x, *vectors, 1e-5),
         "batch_norm_relu_backward_apply": (grad, x, *vectors, *sums, skip, 1e-5),
         "conv2d_weight_gradient": (images, images, 3, 3, 1, 1, 1, 1, 1, 1),
+        "batch_norm_backward_coefficients": (x, *vectors[:3], *sums, 1e-5),
+        "batch_norm_relu_conv2d": (x, *vectors, 1e-5, kernel, None, None, *geometry),
+        "batch_norm_relu_conv2d_backward_input": backward,
+        "batch_norm_relu_conv2d_backward_weight": backward,
     }.get(name, (grad, x, *vectors, 1e-5))
     torch.library.opcheck(getattr(OPS, name).default, arguments)
 

@@ -1,0 +1,282 @@
+"""``python -m benchmarks [compare]``: eager, torch.compile and preact on whole networks."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from . import hardware, plots, report
+from .cases import Case, Settings, reason, run_case
+from .networks import NETWORKS, Network, available
+from .providers import BASELINE, PROVIDERS
+from .rows import Row, write_csv
+from .workload import DTYPES, LAYOUTS, MODES
+
+__all__ = ["compare", "run"]
+
+RESULTS = Path(__file__).parent / "results"
+QUICK_SECONDS = 4.0
+NARROWEST = 150
+
+
+class _Choices(click.ParamType[list[str]]):
+    """A comma-separated list of names; "all" stands for every one."""
+
+    name = "list"
+
+    def __init__(self, allowed: Collection[str]) -> None:
+        self.allowed = allowed
+
+    def convert(
+        self,
+        value: str | Sequence[str],
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> list[str]:
+        if not isinstance(value, str):
+            return list(value)
+        if value == "all":
+            return list(self.allowed)
+        names = [name.strip() for name in value.split(",") if name.strip()]
+        for name in names:
+            if name not in self.allowed:
+                self.fail(f"unknown name {name!r}; known are {', '.join(self.allowed)}", param, ctx)
+        return list(dict.fromkeys(names))
+
+
+def _console() -> Console:
+    console = Console()
+    # A file or a pipe has no width of its own; the tables must not be cut to 80 columns there.
+    return console if console.is_terminal else Console(width=max(NARROWEST, console.width))
+
+
+def _list(console: Console) -> None:
+    table = Table(title="networks", title_justify="left")
+    for heading in ("name", "from", "image", "batch CPU", "batch CUDA", "runs", "missing"):
+        table.add_column(heading)
+    for network in NETWORKS.values():
+        runs = "default" if network.default else "quick" if network.quick else "when named"
+        size = f"{network.image_size}x{network.image_size}"
+        batches = (str(network.batch_cpu), str(network.batch_cuda))
+        table.add_row(network.name, network.source, size, *batches, runs, available(network))
+    console.print(table)
+    console.print(f"providers: {', '.join(PROVIDERS)}")
+    console.print(f"dtypes: {', '.join(DTYPES)} (autocast)")
+    console.print(f"modes: {', '.join(MODES)}")
+    console.print(f"layouts: {', '.join(LAYOUTS)}")
+
+
+def _networks(names: Sequence[str] | None, quick: bool, console: Console) -> list[Network]:
+    if names is not None:
+        for name in names:
+            missing = available(NETWORKS[name])
+            if missing:
+                raise click.UsageError(f"{name}: {missing}")
+        return [NETWORKS[name] for name in names]
+    chosen = [n for n in NETWORKS.values() if (n.quick if quick else n.default)]
+    for network in chosen:
+        if available(network):
+            console.print(f"left out: {network.name}, {available(network)}", style="yellow")
+    return [network for network in chosen if not available(network)]
+
+
+def _dtypes(
+    names: Sequence[str] | None, quick: bool, target: torch.device, console: Console
+) -> Sequence[str]:
+    """Those named, else all the device is made for."""
+    if names is not None:
+        return names
+    if quick:
+        return DTYPES[:1]
+    if target.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        console.print(
+            "left out: bfloat16, whose convolutions this processor emulates at a tenth of float32's"
+            " speed; --dtypes all includes it",
+            style="yellow",
+        )
+        return DTYPES[:1]
+    return DTYPES
+
+
+def _device(name: str) -> torch.device:
+    try:
+        if torch.device(name).type not in ("cpu", "cuda"):
+            raise click.UsageError(f"--device {name}: only cpu and cuda can be timed here")
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise click.UsageError(f"--device {name}: {reason(error)}") from error
+
+
+def run(
+    cases: Sequence[Case], settings: Settings, csv: Path, conditions: dict[str, str]
+) -> list[list[Row]]:
+    """Run the cases with a progress bar and print a table for each.
+
+    ``csv`` is written anew after every case, so an interrupted run keeps what it has.
+    """
+    console = _console()
+    results: list[list[Row]] = []
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.1f}/{task.total}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(cases))
+        for index, case in enumerate(cases):
+
+            def notify(text: str, done: float, case: Case = case, index: int = index) -> None:
+                progress.update(task, description=f"{case}: {text}", completed=index + done)
+
+            try:
+                rows = run_case(case, settings, notify)
+            except Exception as error:  # the other cases can still be measured
+                rows = [_crashed(case, error)]
+            results.append(rows)
+            progress.console.print(report.case_table(_title(case, rows), rows))
+            write_csv(csv, [row for rows in results for row in rows], conditions)
+            progress.update(task, completed=index + 1)
+    return results
+
+
+def _crashed(case: Case, error: BaseException) -> Row:
+    network = case.network
+    row = Row(network.name, network.source, 0, network.image_size, case.dtype, case.mode, "all", "")
+    row.parity, row.note = "error", reason(error)
+    return row
+
+
+def _title(case: Case, rows: Sequence[Row]) -> str:
+    size = case.network.image_size
+    return f"{case}, {rows[0].batch_size} images of {size}x{size}"
+
+
+def _succeeded(results: Sequence[Sequence[Row]]) -> bool:
+    """Whether nothing of ours, nor the baseline, failed; torch.compile may."""
+    tolerated = {p.name for p in PROVIDERS.values() if not p.ours and p.name != BASELINE}
+    return not any(
+        row.parity in ("FAILED", "error") and row.provider not in tolerated
+        for rows in results
+        for row in rows
+    )
+
+
+@click.command("compare")
+@click.option("--list", "list_only", is_flag=True, help="Show what can be measured, and stop.")
+@click.option("--quick", is_flag=True, help="About a minute: preresnet20, float32, no compile.")
+@click.option("--networks", type=_Choices(NETWORKS), help="Names with commas, or all.")
+@click.option("--providers", type=_Choices(PROVIDERS), help="Eager always runs.  [all]")
+@click.option(
+    "--dtypes", type=_Choices(DTYPES), help="bfloat16 is autocast.  [those the device has]"
+)
+@click.option("--modes", type=_Choices(MODES), default="all", show_default=True)
+@click.option("--layouts", type=_Choices(LAYOUTS), default="all", show_default=True)
+@click.option("--device", help="cuda, cuda:1, cpu.  [cuda if there is one, else cpu]")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads on the CPU.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Instead of each network's own.")
+@click.option("--rounds", type=click.IntRange(min=1), default=25, show_default=True)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0),
+    help="No new timing round of a case after this long, once there are five.  [30]",
+)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--allocator",
+    type=click.Choice(["default", "retain"]),
+    default="default",
+    show_default=True,
+    help="retain: the C allocator keeps freed memory, which avoids page faults.",
+)
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=RESULTS,
+    help="Folder for the CSV and the plots.  [benchmarks/results]",
+)
+def compare(
+    list_only: bool,
+    quick: bool,
+    networks: list[str] | None,
+    providers: list[str] | None,
+    dtypes: list[str] | None,
+    modes: list[str],
+    layouts: list[str],
+    device: str | None,
+    threads: int | None,
+    batch_size: int | None,
+    rounds: int,
+    seconds: float | None,
+    seed: int,
+    allocator: str,
+    output: Path,
+) -> None:
+    """Compare eager PyTorch, torch.compile and preact on whole networks.
+
+    Results are compared before anything is timed. A provider whose results are wrong gets no speed
+    figure, and the exit status is 1 if that is preact.
+    """
+    console = _console()
+    if list_only:
+        _list(console)
+        return
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if allocator == "retain":
+        try:
+            hardware.retain_freed_memory()
+        except RuntimeError as error:
+            raise click.UsageError(str(error)) from error
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    target = _device(chosen)
+    if target.type == "cuda":
+        torch.cuda.set_device(target)
+        torch.backends.cudnn.benchmark = True  # eager at its best
+    if seconds is None:
+        seconds = QUICK_SECONDS if quick else 30.0
+    names = providers or [n for n, p in PROVIDERS.items() if not (quick and p.compiles)]
+    settings = Settings(
+        target, [PROVIDERS[n] for n in names], layouts, rounds, seconds, batch_size, seed
+    )
+    cases = [
+        Case(network, dtype, mode)
+        for network in _networks(networks, quick, console)
+        for dtype in _dtypes(dtypes, quick, target, console)
+        for mode in modes
+    ]
+    conditions = hardware.describe(target, allocator)
+    described = (
+        "hardware",
+        "capability",
+        "threads",
+        "allocator",
+        "load",
+        "torch",
+        "preact",
+        "backends",
+    )
+    console.print(", ".join(f"{key} {conditions[key]}" for key in described))
+    if target.type == "cpu" and float(conditions["load"] or 0) > (os.cpu_count() or 1) / 2:
+        console.print("other programs are running: the figures will be poor", style="yellow")
+    if not quick:
+        console.print(f"{len(cases)} cases; --quick runs a choice that takes about a minute")
+    output.mkdir(parents=True, exist_ok=True)
+    csv = output / f"{'quick_' if quick else ''}{target.type}.csv"
+    results = run(cases, settings, csv, conditions)
+    for name in names:
+        if PROVIDERS[name].ours:
+            console.print(report.summary_table(results, name))
+    for path in (csv, *plots.draw(csv)):
+        console.print(f"wrote {path}", soft_wrap=True)
+    if not _succeeded(results):
+        console.print("some results are wrong or missing: see FAILED and error", style="bold red")
+        sys.exit(1)
