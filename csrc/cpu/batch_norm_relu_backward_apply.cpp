@@ -1,4 +1,5 @@
 #define PREACT_KERNELS "cpu/batch_norm_relu_backward_apply_kernel.h"
+#include "common/backward_terms.h"
 #include "cpu/foreach_capability.h"
 #include "cpu/host.h"
 
@@ -30,9 +31,10 @@ Tensor batch_norm_relu_backward_apply(const Tensor& grad_output_, const Tensor& 
       const Tensor sum_dz = channel_vector(*grad_bias, input, "grad_bias");
       const A inverse = A(1) / static_cast<A>(map.count());
       for (int64_t c = 0; c < map.channels; ++c) {
-        const A share = -affine.scale[c] * inverse;
-        slope.push_back(share * affine.invstd[c] * data<A>(sum_dz_x)[c]);
-        offset.push_back(share * data<A>(sum_dz)[c]);
+        const BackwardTerms<A> terms(affine.scale[c], affine.invstd[c], data<A>(sum_dz_x)[c],
+                                     data<A>(sum_dz)[c], inverse);
+        slope.push_back(terms.slope);
+        offset.push_back(terms.offset);
       }
     }
     const auto part = PREACT_SELECT(batch_norm_relu_backward_apply_part, T);
