@@ -14,7 +14,7 @@ struct Conv2dForward {
   const T* bias;      // [O] or null
   const T* residual;  // [rows, O] or null
   T* output;          // [rows, O]
-  int64_t rows, out_channels;
+  int rows, out_channels;
   bool vector;        // eight columns of output and residual are aligned to 16 bytes
   float* tile_means;  // [tiles of rows, O]
   float* tile_m2s;
@@ -29,10 +29,10 @@ struct Conv2dForwardKernel {
                                         : kSlabBytes + kWarpPairsBytes;
 
   // Channels in whole tiles, for which shared memory holds the affine vectors.
-  __host__ __device__ static int padded(int64_t channels) {
-    return static_cast<int>((channels + kBlockK<T> - 1) / kBlockK<T>) * kBlockK<T>;
+  __host__ __device__ static int padded(int channels) {
+    return (channels + kBlockK<T> - 1) / kBlockK<T> * kBlockK<T>;
   }
-  __host__ __device__ static int shared_bytes(int64_t channels) {
+  __host__ __device__ static int shared_bytes(int channels) {
     return kVectorsAt + 3 * 4 * padded(channels);
   }
 };
@@ -48,11 +48,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   PREACT_DYNAMIC_SHARED(unsigned char, shared);
 
   // Blocks that share rows run together, so the rows come from memory once.
-  const int64_t tiles_n = (p.out_channels + kBlockN - 1) / kBlockN;
-  const int64_t tile_m = blockIdx.x / tiles_n;
-  const int64_t first_row = tile_m * kBlockM;
-  const int64_t first_column = blockIdx.x % tiles_n * kBlockN;
-  const int64_t channels = p.input.columns;
+  const int tiles_n = (p.out_channels + kBlockN - 1) / kBlockN;
+  const int tile_m = static_cast<int>(blockIdx.x) / tiles_n;
+  const int first_row = tile_m * kBlockM;
+  const int first_column = static_cast<int>(blockIdx.x) % tiles_n * kBlockN;
+  const int channels = p.input.columns;
 
   const int size = Kernel::padded(channels);
   float* const vectors = reinterpret_cast<float*>(shared + Kernel::kVectorsAt);
@@ -65,8 +65,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 #pragma unroll
   for (int pass = 0; pass < TileB::kPasses; ++pass) {
-    const int64_t row = first_column + TileB::own_row(pass);
-    rows_b[pass] = row < p.out_channels ? static_cast<int>(row) : -1;
+    const int row = first_column + TileB::own_row(pass);
+    rows_b[pass] = row < p.out_channels ? row : -1;
   }
   __syncthreads();
 
@@ -74,31 +74,30 @@ __global__ void __launch_bounds__(kThreads, 2)
   Product::run(
       sums, shared, size / kBlockK<T>,
       [&](int step, unsigned char* a, unsigned char* b) {
-        const int64_t column = static_cast<int64_t>(step) * kBlockK<T>;
-        copy_tile<TileA>(a, p.input, rows_a, column, channels);
-        copy_tile<TileB>(b, p.weight, rows_b, column, channels);
+        copy_tile<TileA>(a, p.input, rows_a, step * kBlockK<T>, channels);
+        copy_tile<TileB>(b, p.weight, rows_b, step * kBlockK<T>, channels);
       },
       [&](int step, unsigned char* a, unsigned char*) {
         const float* const at = vectors + step * kBlockK<T>;
         activate_tile<TileA, T>(a, rows_a, at, at + size, at + 2 * size);
       });
 
-  const int limit = static_cast<int>(p.rows - first_row < kBlockM ? p.rows - first_row : kBlockM);
+  const int limit = p.rows - first_row < kBlockM ? p.rows - first_row : kBlockM;
   ColumnMoments moments;
   moments.start();
   float bias[8];
   Product::walk(
       sums, shared,
       [&](int column, int row, float(&values)[8], int pass) {
-        const int64_t c = first_column + column;
-        const int count = static_cast<int>(p.out_channels - c < 8 ? p.out_channels - c : 8);
+        const int c = first_column + column;
+        const int count = p.out_channels - c < 8 ? p.out_channels - c : 8;
         if (pass == 0) {
           for (int e = 0; e < 8; ++e) {
             bias[e] = p.bias != nullptr && e < count ? to_float(p.bias[c + e]) : 0.0f;
           }
         }
         if (row >= limit || count <= 0) return;
-        const int64_t offset = (first_row + row) * p.out_channels + c;
+        const int64_t offset = static_cast<int64_t>(first_row + row) * p.out_channels + c;
         const bool vector = p.vector && count == 8;
         for (int e = 0; e < 8; ++e) values[e] += bias[e];
         if (p.residual != nullptr) {
@@ -115,11 +114,11 @@ __global__ void __launch_bounds__(kThreads, 2)
         store_eight(p.output + offset, rounded, count, vector);
       },
       [&](int slab) {
-        const int64_t c = first_column + slab;
-        const int64_t left = p.out_channels - c;
-        const int64_t at = tile_m * p.out_channels + c;
+        const int c = first_column + slab;
+        const int left = p.out_channels - c;
+        const int64_t at = static_cast<int64_t>(tile_m) * p.out_channels + c;
         moments.finish(reinterpret_cast<float*>(shared + kSlabBytes), limit, p.tile_means + at,
-                       p.tile_m2s + at, static_cast<int>(left < kSlabColumns ? left : kSlabColumns));
+                       p.tile_m2s + at, left < kSlabColumns ? left : kSlabColumns);
         moments.start();
       });
 }
@@ -127,13 +126,12 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <typename Math, int kBlockN>
 void launch_conv2d_forward(const Conv2dForward<typename Math::T>& p, float* mean, float* var,
                            Stream stream) {
-  const int64_t tiles_m = (p.rows + kBlockM - 1) / kBlockM;
-  const int64_t tiles_n = (p.out_channels + kBlockN - 1) / kBlockN;
+  const int64_t tiles_m = ceil_div(p.rows, kBlockM), tiles_n = ceil_div(p.out_channels, kBlockN);
   launch("batch_norm_relu_conv2d", batch_norm_relu_conv2d_kernel<Math, kBlockN>,
          dim3(static_cast<unsigned>(tiles_m * tiles_n)), dim3(kThreads),
          Conv2dForwardKernel<Math, kBlockN>::shared_bytes(p.input.columns), stream, p);
   launch("merge_moments", merge_moments_kernel<float>,
-         dim3(static_cast<unsigned>((p.out_channels + kMergeColumns - 1) / kMergeColumns)),
+         dim3(static_cast<unsigned>(ceil_div(p.out_channels, kMergeColumns))),
          dim3(kThreads), 0, stream, p.tile_means, p.tile_m2s, p.rows, p.out_channels, mean, var);
 }
 

@@ -13,7 +13,7 @@ struct Conv2dBackwardInput {
   Norm<float> norm;  // of C channels
   const T* input;    // [rows, C]
   T* grad_z;         // [rows, C]
-  int64_t rows, channels;
+  int rows, channels;
   bool vector;       // eight columns of input and grad_z are aligned to 16 bytes
   float* tile_dz_x;  // [tiles of rows, C]: sums of dz * (x - mean)
   float* tile_dz;
@@ -40,11 +40,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   using T = typename Math::T;
   PREACT_DYNAMIC_SHARED(unsigned char, shared);
 
-  const int64_t tiles_n = (p.channels + kBlockN - 1) / kBlockN;
-  const int64_t tile_m = blockIdx.x / tiles_n;
-  const int64_t first_row = tile_m * kBlockM;
-  const int64_t first_column = blockIdx.x % tiles_n * kBlockN;
-  const int64_t depth = p.grad_output.columns;
+  const int tiles_n = (p.channels + kBlockN - 1) / kBlockN;
+  const int tile_m = static_cast<int>(blockIdx.x) / tiles_n;
+  const int first_row = tile_m * kBlockM;
+  const int first_column = static_cast<int>(blockIdx.x) % tiles_n * kBlockN;
+  const int depth = p.grad_output.columns;
 
   int rows_a[TileA::kPasses];
 #pragma unroll
@@ -54,14 +54,14 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   float sums[kWarpM / 16][Product::kTilesN][4] = {};
   Product::run(
-      sums, shared, static_cast<int>((depth + kBlockK<T> - 1) / kBlockK<T>),
+      sums, shared, (depth + kBlockK<T> - 1) / kBlockK<T>,
       [&](int step, unsigned char* a, unsigned char* b) {
-        const int64_t k = static_cast<int64_t>(step) * kBlockK<T>;
+        const int k = step * kBlockK<T>;
         int rows_b[TileB::kPasses];
 #pragma unroll
         for (int pass = 0; pass < TileB::kPasses; ++pass) {
-          const int64_t row = k + TileB::own_row(pass);
-          rows_b[pass] = row < depth ? static_cast<int>(row) : -1;
+          const int row = k + TileB::own_row(pass);
+          rows_b[pass] = row < depth ? row : -1;
         }
         copy_tile<TileA>(a, p.grad_output, rows_a, k, depth);
         copy_tile<TileB>(b, p.weight, rows_b, first_column, p.channels);
@@ -70,16 +70,16 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   float* const vectors = reinterpret_cast<float*>(shared + Kernel::kVectorsAt);
   load_affine(vectors, p.norm, first_column, kBlockN, p.channels);
-  const int limit = static_cast<int>(p.rows - first_row < kBlockM ? p.rows - first_row : kBlockM);
+  const int limit = p.rows - first_row < kBlockM ? p.rows - first_row : kBlockM;
   ColumnSums column_sums;
   column_sums.start();
   Product::walk(
       sums, shared,
       [&](int column, int row, float(&values)[8], int) {
-        const int64_t c = first_column + column;
-        const int count = static_cast<int>(p.channels - c < 8 ? p.channels - c : 8);
+        const int c = first_column + column;
+        const int count = p.channels - c < 8 ? p.channels - c : 8;
         if (row >= limit || count <= 0) return;
-        const int64_t offset = (first_row + row) * p.channels + c;
+        const int64_t offset = static_cast<int64_t>(first_row + row) * p.channels + c;
         const bool vector = p.vector && count == 8;
         float x[8];
         load_eight(x, p.input + offset, count, vector);
@@ -97,12 +97,11 @@ __global__ void __launch_bounds__(kThreads, 2)
         store_eight(p.grad_z + offset, dz, count, vector);
       },
       [&](int slab) {
-        const int64_t c = first_column + slab;
-        const int64_t left = p.channels - c;
-        const int64_t at = tile_m * p.channels + c;
+        const int c = first_column + slab;
+        const int left = p.channels - c;
+        const int64_t at = static_cast<int64_t>(tile_m) * p.channels + c;
         column_sums.finish(reinterpret_cast<float*>(shared + Kernel::kPairsAt), p.tile_dz_x + at,
-                           p.tile_dz + at,
-                           static_cast<int>(left < kSlabColumns ? left : kSlabColumns));
+                           p.tile_dz + at, left < kSlabColumns ? left : kSlabColumns);
         column_sums.start();
       });
 }
@@ -110,14 +109,13 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <typename Math, int kBlockN>
 void launch_conv2d_backward_input(const Conv2dBackwardInput<typename Math::T>& p,
                                   float* grad_weight, float* grad_bias, Stream stream) {
-  const int64_t tiles_m = (p.rows + kBlockM - 1) / kBlockM;
-  const int64_t tiles_n = (p.channels + kBlockN - 1) / kBlockN;
+  const int64_t tiles_m = ceil_div(p.rows, kBlockM), tiles_n = ceil_div(p.channels, kBlockN);
   launch("batch_norm_relu_conv2d_backward_input",
          batch_norm_relu_conv2d_backward_input_kernel<Math, kBlockN>,
          dim3(static_cast<unsigned>(tiles_m * tiles_n)), dim3(kThreads),
          Conv2dBackwardInputKernel<Math, kBlockN>::kSharedBytes, stream, p);
   launch("merge_sums", merge_sums_kernel<float>,
-         dim3(static_cast<unsigned>((p.channels + kMergeColumns - 1) / kMergeColumns)),
+         dim3(static_cast<unsigned>(ceil_div(p.channels, kMergeColumns))),
          dim3(kThreads), 0, stream, p.tile_dz_x, p.tile_dz, tiles_m, p.channels, p.norm,
          grad_weight, grad_bias);
 }

@@ -1,6 +1,7 @@
 // Gradient of a 1x1 convolution's weight, the activation computed again from the norm's input.
 #pragma once
 
+#include "common/feature_map.h"
 #include "cuda/gemm.cuh"
 
 namespace preact::cuda {
@@ -11,23 +12,21 @@ struct Conv2dBackwardWeight {
   Matrix<T> input;        // [pixels, C], read through `map`
   RowMap map;
   Norm<float> norm;  // of C channels
-  int64_t rows, rows_per_split;
+  int rows, rows_per_split;
   float* partial;  // [splits, O, C]
 };
 
 // The rows are split by shape alone, so a result does not depend on the device.
 struct Splits {
-  int64_t count, rows;  // rows of each but the last
+  int64_t count;
+  int rows;  // of each but the last
 
-  static Splits of(int64_t rows, int64_t tiles, int depth) {
-    constexpr int64_t kBlocks = 528, kFewestSteps = 8;
-    const int64_t wanted = (kBlocks + tiles - 1) / tiles;
-    const int64_t most = (rows + kFewestSteps * depth - 1) / (kFewestSteps * depth);
-    int64_t count = wanted < most ? wanted : most;
-    if (count < 1) count = 1;
-    const int64_t steps = (rows + count * depth - 1) / (count * depth);
-    const int64_t each = (steps < 1 ? 1 : steps) * depth;
-    return {rows == 0 ? 1 : (rows + each - 1) / each, each};
+  static Splits of(int rows, int64_t tiles, int depth) {
+    constexpr int64_t kBlocks = 528, kFewestSteps = 8;  // four blocks for each of 132 processors
+    const int64_t most = ceil_div(rows, kFewestSteps * depth);
+    const int64_t count = std::clamp<int64_t>(ceil_div(kBlocks, tiles), 1, std::max<int64_t>(most, 1));
+    const int64_t each = std::max<int64_t>(ceil_div(rows, count * depth), 1) * depth;
+    return {std::max<int64_t>(ceil_div(rows, each), 1), static_cast<int>(each)};
   }
 };
 
@@ -37,10 +36,11 @@ struct Conv2dBackwardWeightKernel {
   static constexpr int kVectorsAt = Product::kSharedBytes;
   static constexpr int kSharedBytes = kVectorsAt + 3 * 4 * kBlockN;
 
-  static Splits splits(int64_t rows, int64_t out_channels, int64_t channels) {
-    const int64_t tiles = (out_channels + kBlockM - 1) / kBlockM;
-    return Splits::of(rows, tiles * ((channels + kBlockN - 1) / kBlockN),
-                      kBlockK<typename Math::T>);
+  static int64_t tiles(int out_channels, int channels) {
+    return ceil_div(out_channels, kBlockM) * ceil_div(channels, kBlockN);
+  }
+  static Splits splits(int rows, int out_channels, int channels) {
+    return Splits::of(rows, tiles(out_channels, channels), kBlockK<typename Math::T>);
   }
 };
 
@@ -54,14 +54,15 @@ __global__ void __launch_bounds__(kThreads, 2)
   using T = typename Math::T;
   PREACT_DYNAMIC_SHARED(unsigned char, shared);
 
-  const int64_t channels = p.input.columns, out_channels = p.grad_output.columns;
-  const int64_t tiles_n = (channels + kBlockN - 1) / kBlockN;
-  const int64_t tiles = (out_channels + kBlockM - 1) / kBlockM * tiles_n;
-  const int64_t split = blockIdx.x / tiles, tile = blockIdx.x % tiles;
-  const int64_t first_row = tile / tiles_n * kBlockM;
-  const int64_t first_column = tile % tiles_n * kBlockN;
-  const int64_t begin = split * p.rows_per_split;
-  const int64_t end = begin + p.rows_per_split < p.rows ? begin + p.rows_per_split : p.rows;
+  const int channels = p.input.columns, out_channels = p.grad_output.columns;
+  const int tiles_n = (channels + kBlockN - 1) / kBlockN;
+  const int tiles = (out_channels + kBlockM - 1) / kBlockM * tiles_n;
+  const int split = static_cast<int>(blockIdx.x) / tiles;
+  const int tile = static_cast<int>(blockIdx.x) % tiles;
+  const int first_row = tile / tiles_n * kBlockM;
+  const int first_column = tile % tiles_n * kBlockN;
+  const int begin = split * p.rows_per_split;
+  const int end = p.rows - begin < p.rows_per_split ? p.rows : begin + p.rows_per_split;
 
   float* const vectors = reinterpret_cast<float*>(shared + Kernel::kVectorsAt);
   load_affine(vectors, p.norm, first_column, kBlockN, channels);
@@ -69,14 +70,14 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   float sums[kWarpM / 16][Product::kTilesN][4] = {};
   Product::run(
-      sums, shared, static_cast<int>((end - begin + kBlockK<T> - 1) / kBlockK<T>),
+      sums, shared, (end - begin + kBlockK<T> - 1) / kBlockK<T>,
       [&](int step, unsigned char* a, unsigned char* b) {
-        const int64_t k = begin + static_cast<int64_t>(step) * kBlockK<T>;
+        const int k = begin + step * kBlockK<T>;
         int rows_a[TileA::kPasses], rows_b[TileB::kPasses];
 #pragma unroll
         for (int pass = 0; pass < TileA::kPasses; ++pass) {
-          const int64_t row = k + TileA::own_row(pass);
-          rows_a[pass] = row < end ? static_cast<int>(row) : -1;
+          const int row = k + TileA::own_row(pass);
+          rows_a[pass] = row < end ? row : -1;
         }
 #pragma unroll
         for (int pass = 0; pass < TileB::kPasses; ++pass) {
@@ -86,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         copy_tile<TileB>(b, p.input, rows_b, first_column, channels);
       },
       [&](int step, unsigned char*, unsigned char* b) {
-        const int64_t k = begin + static_cast<int64_t>(step) * kBlockK<T>;
+        const int k = begin + step * kBlockK<T>;
         int rows_b[TileB::kPasses];
 #pragma unroll
         for (int pass = 0; pass < TileB::kPasses; ++pass) {
@@ -95,15 +96,16 @@ __global__ void __launch_bounds__(kThreads, 2)
         activate_tile<TileB, T>(b, rows_b, vectors, vectors + kBlockN, vectors + 2 * kBlockN);
       });
 
-  float* const partial = p.partial + split * out_channels * channels;
+  float* const partial = p.partial + static_cast<int64_t>(split) * out_channels * channels;
   const bool vector = channels % 8 == 0;
   Product::walk(
       sums, shared,
       [&](int column, int row, float(&values)[8], int) {
-        const int64_t c = first_column + column, o = first_row + row;
-        const int count = static_cast<int>(channels - c < 8 ? channels - c : 8);
+        const int c = first_column + column, o = first_row + row;
+        const int count = channels - c < 8 ? channels - c : 8;
         if (o >= out_channels || count <= 0) return;
-        store_eight(partial + o * channels + c, values, count, vector);
+        store_eight(partial + static_cast<int64_t>(o) * channels + c, values, count,
+                    vector && count == 8);
       },
       [](int) {});
 }
@@ -136,21 +138,19 @@ template <typename Math, int kBlockN>
 void launch_conv2d_backward_weight(const Conv2dBackwardWeight<typename Math::T>& p,
                                    typename Math::T* grad_weight, Stream stream) {
   using Kernel = Conv2dBackwardWeightKernel<Math, kBlockN>;
-  const int64_t out_channels = p.grad_output.columns, channels = p.input.columns;
-  const int64_t splits = Kernel::splits(p.rows, out_channels, channels).count;
-  const int64_t tiles = (out_channels + kBlockM - 1) / kBlockM *
-                        ((channels + kBlockN - 1) / kBlockN);
+  const int out_channels = p.grad_output.columns, channels = p.input.columns;
+  const int64_t splits = ceil_div(p.rows, p.rows_per_split);
+  const int64_t tiles = Kernel::tiles(out_channels, channels);
+  const int64_t elements = static_cast<int64_t>(out_channels) * channels;
   launch("batch_norm_relu_conv2d_backward_weight",
          batch_norm_relu_conv2d_backward_weight_kernel<Math, kBlockN>,
          dim3(static_cast<unsigned>(tiles * splits)), dim3(kThreads), Kernel::kSharedBytes, stream,
          p);
   int lanes = 1;
   while (lanes < 32 && 2 * lanes <= splits) lanes *= 2;
-  const int64_t width = kThreads / lanes;
   launch("sum_splits", sum_splits_kernel<typename Math::T>,
-         dim3(static_cast<unsigned>((out_channels * channels + width - 1) / width)),
-         dim3(kThreads), 0, stream, p.partial, splits, lanes, out_channels * channels,
-         grad_weight);
+         dim3(static_cast<unsigned>(ceil_div(elements, kThreads / lanes))), dim3(kThreads), 0,
+         stream, p.partial, splits, lanes, elements, grad_weight);
 }
 
 }  // namespace preact::cuda

@@ -2,6 +2,7 @@
 // column and tile of rows, then one a column. No atomics, so every run gives the same bits.
 #pragma once
 
+#include "common/feature_map.h"
 #include "cuda/gemm.cuh"
 
 namespace preact::cuda {
@@ -156,12 +157,11 @@ __device__ inline double sum_of_lanes(double* shared, double value) {
 
 // Moments of the tiles' kBlockM rows (the last has fewer) into mean and biased variance, [columns].
 template <typename A>
-__global__ void merge_moments_kernel(const A* means, const A* m2s, int64_t rows, int64_t columns,
+__global__ void merge_moments_kernel(const A* means, const A* m2s, int rows, int columns,
                                      A* mean, A* var) {
   PREACT_SHARED(double, shared, kThreads);
   const int lane = threadIdx.x / kMergeColumns;
-  const int64_t column =
-      static_cast<int64_t>(blockIdx.x) * kMergeColumns + threadIdx.x % kMergeColumns;
+  const int column = static_cast<int>(blockIdx.x * kMergeColumns + threadIdx.x % kMergeColumns);
   const int64_t tiles = (rows + kBlockM - 1) / kBlockM;
   const double shift = column < columns ? means[column] : 0.0;
   double sum = 0, square = 0;
@@ -187,11 +187,10 @@ __global__ void merge_moments_kernel(const A* means, const A* m2s, int64_t rows,
 // Sums of dz (x - mean) and dz of the tiles into the gradients of the norm's weight and bias.
 template <typename A>
 __global__ void merge_sums_kernel(const A* sums_dz_x, const A* sums_dz, int64_t tiles,
-                                  int64_t columns, Norm<A> norm, A* grad_weight, A* grad_bias) {
+                                  int columns, Norm<A> norm, A* grad_weight, A* grad_bias) {
   PREACT_SHARED(double, shared, kThreads);
   const int lane = threadIdx.x / kMergeColumns;
-  const int64_t column =
-      static_cast<int64_t>(blockIdx.x) * kMergeColumns + threadIdx.x % kMergeColumns;
+  const int column = static_cast<int>(blockIdx.x * kMergeColumns + threadIdx.x % kMergeColumns);
   double dz_x = 0, dz = 0;
   if (column < columns) {
     for (int64_t tile = lane; tile < tiles; tile += kMergeLanes) {

@@ -13,8 +13,7 @@
 namespace preact::cuda {
 
 constexpr int kStages = 3;
-// The result leaves in slabs of 64 columns, of which a thread takes eight neighbours in a row.
-constexpr int kSlabColumns = 64;
+// A thread takes eight neighbours of a slab's row.
 constexpr int kSlabRowFloats = kSlabColumns + 8;
 constexpr int kSlabBytes = kBlockM * kSlabRowFloats * 4;
 constexpr int kEights = kSlabColumns / 8;
@@ -28,12 +27,11 @@ struct RowMap {
   int stride_h, stride_w;
   bool scatter;
 
-  __device__ int operator()(int64_t row, int64_t rows) const {
+  __device__ int operator()(int row, int rows) const {
     if (row >= rows) return -1;
-    if (stride_h == 1 && stride_w == 1) return static_cast<int>(row);
-    const int index = static_cast<int>(row);
-    int w = index % width, h = index / width % height;
-    const int image = index / width / height;
+    if (stride_h == 1 && stride_w == 1) return row;
+    int w = row % width, h = row / width % height;
+    const int image = row / width / height;
     if (scatter) {
       if (h % stride_h != 0 || w % stride_w != 0) return -1;
       h /= stride_h;
@@ -49,10 +47,10 @@ struct RowMap {
 
 // The affine vectors of a range of channels, in shared memory: mean, scale and bias in turn, each
 // `size` floats, zero past the last channel.
-__device__ inline void load_affine(float* vectors, const Norm<float>& norm, int64_t first, int size,
-                                   int64_t channels) {
+__device__ inline void load_affine(float* vectors, const Norm<float>& norm, int first, int size,
+                                   int channels) {
   for (int i = threadIdx.x; i < size; i += kThreads) {
-    const int64_t c = first + i;
+    const int c = first + i;
     float mean = 0, scale = 0, bias = 0;
     if (c < channels) {
       mean = norm.mean[c];
@@ -81,7 +79,7 @@ struct Gemm {
   // Where the thread's warp stands in the tile of the result.
   __device__ static int warp_m() { return static_cast<int>(threadIdx.x) / 32 / kWarpsN * kWarpM; }
   __device__ static int warp_n() {
-    return static_cast<int>(threadIdx.x) / 32 % kWarpsN * (kBlockN / kWarpsN);
+    return static_cast<int>(threadIdx.x) / 32 % kWarpsN * (kSlabColumns / kWarpsN);
   }
 
   // sums += A B over `steps` tiles. copy(step, tile_a, tile_b) starts a step's copies and
@@ -119,18 +117,17 @@ struct Gemm {
 #pragma unroll
     for (int first = 0; first < kBlockN; first += kSlabColumns) {
       if (first > 0) __syncthreads();
-      if (warp_n() >= first && warp_n() < first + kSlabColumns) {
 #pragma unroll
-        for (int i = 0; i < kWarpM / 16; ++i) {
+      for (int i = 0; i < kWarpM / 16; ++i) {
 #pragma unroll
-          for (int j = 0; j < kTilesN; ++j) {
-            const int row = warp_m() + 16 * i + lane / 4;
-            const int column = warp_n() - first + 8 * j + lane % 4 * 2;
-            *reinterpret_cast<float2*>(slab + slab_index(row, column)) =
-                make_float2(sums[i][j][0], sums[i][j][1]);
-            *reinterpret_cast<float2*>(slab + slab_index(row + 8, column)) =
-                make_float2(sums[i][j][2], sums[i][j][3]);
-          }
+        for (int part = 0; part < kTilesPerSlab; ++part) {
+          const float(&tile)[4] = sums[i][first / kSlabColumns * kTilesPerSlab + part];
+          const int row = warp_m() + 16 * i + lane / 4;
+          const int column = warp_n() + 8 * part + lane % 4 * 2;
+          *reinterpret_cast<float2*>(slab + slab_index(row, column)) =
+              make_float2(tile[0], tile[1]);
+          *reinterpret_cast<float2*>(slab + slab_index(row + 8, column)) =
+              make_float2(tile[2], tile[3]);
         }
       }
       __syncthreads();

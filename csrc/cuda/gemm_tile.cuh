@@ -69,10 +69,11 @@ struct Tile {
 };
 
 // An operand in memory, [rows, columns] with rows dense. `vector`: every row is 16-byte aligned.
+// Rows and columns are counted in 32 bits, offsets in 64.
 template <typename T>
 struct Matrix {
   const T* data;
-  int64_t columns;
+  int columns;
   bool vector;
 };
 
@@ -80,13 +81,14 @@ struct Matrix {
 // the columns from `column` on, which exist below `last`.
 template <typename Tile, typename T>
 __device__ inline void copy_tile(unsigned char* tile, const Matrix<T>& matrix,
-                                 const int (&rows)[Tile::kPasses], int64_t column, int64_t last) {
+                                 const int (&rows)[Tile::kPasses], int column, int last) {
   column += Tile::own_chunk() * kVector<T>;
 #pragma unroll
   for (int pass = 0; pass < Tile::kPasses; ++pass) {
     unsigned char* const target = tile + Tile::offset(Tile::own_row(pass), Tile::own_chunk());
     const bool valid = rows[pass] >= 0 && column < last;
-    const T* const source = matrix.data + (valid ? rows[pass] * matrix.columns + column : 0);
+    const int64_t offset = static_cast<int64_t>(rows[pass]) * matrix.columns + column;
+    const T* const source = matrix.data + (valid ? offset : 0);
     if (matrix.vector) {
       cp_async_16(target, source, valid);
     } else {
@@ -127,12 +129,22 @@ __device__ inline void activate_tile(unsigned char* tile, const int (&rows)[Tile
   }
 }
 
+// The result leaves in slabs of 64 columns, to each of which every warp gives its part, so that few
+// sums stay in registers while a slab is worked on.
+constexpr int kSlabColumns = 64;
+constexpr int kTilesPerSlab = kSlabColumns / kWarpsN / 8;
+
+// First column of a warp's tile j, counted from its first.
+__device__ constexpr int tile_column(int j) {
+  return j / kTilesPerSlab * kSlabColumns + j % kTilesPerSlab * 8;
+}
+
 // The sums of a warp: [kWarpM, 8 kTilesN] in mma's layout. Of the 16x8 tile [i][j] a lane holds
 // rows lane / 4 (elements 0 and 1) and lane / 4 + 8 (2 and 3), columns lane % 4 * 2 and + 1.
 template <int kTilesN>
 using Sums = float[kWarpM / 16][kTilesN][4];
 
-// sums += A[m0 .. m0 + kWarpM) B(n0 .. n0 + 8 kTilesN), one tile deep.
+// sums += A B of the warp whose rows begin at m0 and whose columns at n0, one tile deep.
 template <typename TileA, typename TileB, int kTilesN, typename T>
 __device__ inline void multiply(HalfMath<T>, Sums<kTilesN>& sums, const unsigned char* a,
                                 const unsigned char* b, int m0, int n0) {
@@ -152,7 +164,7 @@ __device__ inline void multiply(HalfMath<T>, Sums<kTilesN>& sums, const unsigned
     }
 #pragma unroll
     for (int j = 0; j < kTilesN; j += 2) {
-      const int n = n0 + 8 * j;
+      const int n = n0 + tile_column(j);
       uint32_t of_b[4];
       if constexpr (TileB::kStrided) {
         ldmatrix_x4_trans(of_b, b + TileB::offset(16 * step + 8 * middle + low, n / 8 + high));
@@ -193,7 +205,7 @@ __device__ inline void multiply(Tf32Math, Sums<kTilesN>& sums, const unsigned ch
     }
 #pragma unroll
     for (int j = 0; j < kTilesN; ++j) {
-      const int n = n0 + 8 * j + group;
+      const int n = n0 + tile_column(j) + group;
       const uint32_t of_b[2] = {to_tf32(value_at<TileB>(b, n, k)),
                                 to_tf32(value_at<TileB>(b, n, k + 4))};
       for (int i = 0; i < kWarpM / 16; ++i) mma_1688_tf32(sums[i][j], of_a[i], of_b);
@@ -225,7 +237,7 @@ __device__ inline void multiply(FloatMath, Sums<kTilesN>& sums, const unsigned c
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float of_b[4];
-        load_four<TileB>(of_b, b, n0 + 8 * j + 2 * member + half, k);
+        load_four<TileB>(of_b, b, n0 + tile_column(j) + 2 * member + half, k);
 #pragma unroll
         for (int i = 0; i < kWarpM / 8; ++i) {
           float& sum = sums[i / 2][j][i % 2 * 2 + half];

@@ -21,6 +21,9 @@ class AsyncCopies {
     AsyncCopies& own = threads[Block::current().thread()];
     const uint3 block = blockIdx;
     if (block.x != own.block_.x || block.y != own.block_.y || block.z != own.block_.z) {
+      for (const auto& group : own.groups_) {
+        if (!group.empty()) fail("a block ended while cp.async had copies under way");
+      }
       own = AsyncCopies();
       own.block_ = block;
     }
