@@ -11,7 +11,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +39,14 @@ def compiler() -> str:
     return os.environ.get("CXX", "g++")
 
 
-def digest(folders: Iterable[Path], text: str) -> str:
-    """Of every source a program may include, by name and content."""
-    state = hashlib.sha256(text.encode())
-    for folder in folders:
-        for path in sorted(folder.rglob("*")):
-            if path.suffix in (".h", ".cuh", ".cpp") and path.is_file():
-                state.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+def digest(command: Sequence[str], csrc: Path) -> str:
+    """Of the command and of every file of ours that it reads, by name and content."""
+    result = subprocess.run([*command, "-MM"], capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"not compiled for the host:\n{result.stderr}")
+    state = hashlib.sha256(" ".join(command).replace(str(csrc), "csrc").encode())
+    for word in result.stdout.replace("\\\n", " ").split()[1:]:
+        state.update(Path(word).read_bytes())
     return state.hexdigest()[:20]
 
 
@@ -54,15 +55,14 @@ def compile_program(
 ) -> Path:
     """The program of an op, compiled against ``csrc`` unless it was before."""
     flags = [*FLAGS, *(SANITIZERS if sanitize else []), *(f"-D{name}" for name in define)]
-    folders = (HERE, csrc / "cuda", csrc / "common")
-    program = CACHE / f"{op}-{digest(folders, f'{compiler()} {flags}')}"
+    includes = [f"-I{HERE / 'include'}", f"-I{HERE}", f"-I{csrc}"]
+    command = [compiler(), *flags, *includes, str(HERE / f"{op}.cpp")]
+    program = CACHE / f"{op}-{digest(command, csrc)}"
     if program.exists():
         return program
     CACHE.mkdir(parents=True, exist_ok=True)
     unfinished = program.with_suffix(f".{os.getpid()}")
-    includes = [f"-I{HERE / 'include'}", f"-I{HERE}", f"-I{csrc}"]
-    command = [compiler(), *flags, *includes, str(HERE / f"{op}.cpp"), "-o", str(unfinished)]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"{op} does not compile for the host:\n{result.stderr}")
     unfinished.replace(program)

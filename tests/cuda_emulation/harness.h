@@ -3,7 +3,8 @@
 //   program FOLDER...    FOLDER holds case.txt, lines of `name value`, and one file per tensor;
 //                        every output is written beside them as NAME.out.
 //
-// `seeds` in case.txt says how many thread orders run; they must agree in every bit.
+// `seeds` in case.txt says how many thread orders run; they must agree in every bit. A folder's
+// name is printed before it runs. -DHARNESS_FLOAT_ONLY compiles one element type, for mutants.
 #pragma once
 
 #include <fstream>
@@ -103,12 +104,16 @@ class Case {
 template <typename Run>
 int main_with_type(int count, char** folders, const Run& run) {
   for (int i = 1; i < count; ++i) {
+    std::printf("%s\n", folders[i]);
+    std::fflush(stdout);
     Case(folders[i]).run([&](Case& c) {
       const std::string dtype = c.text("dtype");
       if (dtype == "float32") return run.template operator()<float>(c);
+#ifndef HARNESS_FLOAT_ONLY
       if (dtype == "float64") return run.template operator()<double>(c);
       if (dtype == "float16") return run.template operator()<__half>(c);
       if (dtype == "bfloat16") return run.template operator()<__nv_bfloat16>(c);
+#endif
       emulation::fail("unknown dtype %s", dtype.c_str());
     });
   }
