@@ -57,7 +57,9 @@ def make(kind, shape, op, seed=0, affine=True, mean=0.5, seeds=3):
     x = (random(batch, channels, height, width) * 2 + mean).to(dtype)
     x = x.contiguous(memory_format=torch.channels_last)
     batch_mean, batch_var = reference.batch_norm_stats(x)
-    out_size = tuple((size - 1) // step + 1 for size, step in zip((height, width), stride, strict=True))
+    out_size = tuple(
+        (size - 1) // step + 1 for size, step in zip((height, width), stride, strict=True)
+    )
     tensors = {
         "input": x,
         "mean": batch_mean,
@@ -139,7 +141,9 @@ def check(folder, kind, op, tensors, stride):
         terms = float(tensors["grad_output"].double().abs().max())
         assert_as_good_as_eager("grad_z", grad_z, eager[0], exact[0], terms)
         sums = reference.batch_norm_relu_backward_reduce(
-            grad_z.double(), *(None if tensors[n] is None else tensors[n].double() for n in NORM), EPS
+            grad_z.double(),
+            *(None if tensors[n] is None else tensors[n].double() for n in NORM),
+            EPS,
         )
         spread = float(grad_z.double().abs().sum((0, 2, 3)).max())
         for name, wanted in zip(("grad_weight", "grad_bias"), sums, strict=True):

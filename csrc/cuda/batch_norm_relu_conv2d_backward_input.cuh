@@ -68,6 +68,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       },
       [](int, unsigned char*, unsigned char*) {});
 
+  __syncthreads();  // the stages have been read
   float* const vectors = reinterpret_cast<float*>(shared + Kernel::kVectorsAt);
   load_affine(vectors, p.norm, first_column, kBlockN, p.channels);
   const int limit = p.rows - first_row < kBlockM ? p.rows - first_row : kBlockM;

@@ -7,24 +7,24 @@
 
 namespace preact::cuda {
 
-// Mean and sum of squared deviations of a sample.
-struct Moments {
+// Mean and sum of squared deviations of a sample whose size is known, both zero for none.
+struct TileMoments {
   float mean, m2;
 };
 
 // Joins a sample of `added` values to one of `count` by Chan, Golub & LeVeque's formula.
-__device__ inline void join(Moments& moments, float count, const Moments& other, float added) {
+__device__ inline void join(TileMoments& moments, float count, const TileMoments& other,
+                            float added) {
   if (added == 0) return;
   const float fraction = added / (count + added);
   const float delta = other.mean - moments.mean;
-  moments.mean = count == 0 ? other.mean : moments.mean + delta * fraction;
-  moments.m2 += other.m2 + (count == 0 ? 0.0f : delta * delta * count * fraction);
+  moments.mean += delta * fraction;
+  moments.m2 += other.m2 + delta * delta * count * fraction;
 }
 
-// How many of the rows `first`, `first + kSlabRows`, … of a tile are among its `limit` first.
+// How many of the rows `first`, `first + kSlabRows`, … are among the `limit` first of a tile.
 __device__ inline int rows_below(int limit, int first) {
-  const int count = (limit - first + kSlabRows - 1) / kSlabRows;
-  return count < 0 ? 0 : count < kBlockM / kSlabRows ? count : kBlockM / kSlabRows;
+  return (limit - first + kSlabRows - 1) / kSlabRows;
 }
 
 constexpr int kWarpPairsBytes = kWarps * kSlabColumns * 2 * 4;
@@ -52,7 +52,7 @@ struct ColumnMoments {
     constexpr int kRowsPerWarp = 32 / kEights;
     const int row = static_cast<int>(threadIdx.x) / kEights;
     int count = rows_below(limit, row);
-    Moments own[8];
+    TileMoments own[8];
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
       const float average = count == 0 ? 0.0f : sum[e] / static_cast<float>(count);
@@ -66,7 +66,7 @@ struct ColumnMoments {
       const int added = __shfl_xor_sync(0xffffffffu, count, distance);
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
-        Moments other;
+        TileMoments other;
         other.mean = __shfl_xor_sync(0xffffffffu, own[e].mean, distance);
         other.m2 = __shfl_xor_sync(0xffffffffu, own[e].m2, distance);
         join(own[e], static_cast<float>(count), other, static_cast<float>(added));
@@ -83,13 +83,13 @@ struct ColumnMoments {
     __syncthreads();
     const int column = threadIdx.x;
     if (column < kSlabColumns && column < columns) {
-      Moments all{0, 0};
+      TileMoments all{0, 0};
       int before = 0;
       for (int w = 0; w < kWarps; ++w) {
         int added = 0;
         for (int r = 0; r < kRowsPerWarp; ++r) added += rows_below(limit, w * kRowsPerWarp + r);
-        const Moments other{pairs[w * kSlabColumns + column],
-                            pairs[(kWarps + w) * kSlabColumns + column]};
+        const TileMoments other{pairs[w * kSlabColumns + column],
+                                pairs[(kWarps + w) * kSlabColumns + column]};
         join(all, static_cast<float>(before), other, static_cast<float>(added));
         before += added;
       }

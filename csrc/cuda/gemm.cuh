@@ -102,13 +102,12 @@ struct Gemm {
       multiply<TileA, TileB>(Math{}, sums, tile_a(step), tile_a(step) + TileA::kBytes, warp_m(),
                              warp_n());
     }
-    __syncthreads();
   }
 
   // Calls visit(slab, row, column, values, pass) for every eight neighbours of the tile, in the
   // same order of rows for every thread; `row` and `column` count from the tile's corner. After
-  // each slab, finish(slab). Reads of a slab and of what finish leaves in shared memory are done
-  // when the next begins.
+  // each slab, finish(slab). A barrier stands before each slab: stages, the slab before it and
+  // what finish left in shared memory have been read by then.
   template <typename Visit, typename Finish>
   __device__ static void walk(const Sums<kTilesN>& sums, unsigned char* shared, const Visit& visit,
                               const Finish& finish) {
@@ -116,7 +115,7 @@ struct Gemm {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int first = 0; first < kBlockN; first += kSlabColumns) {
-      if (first > 0) __syncthreads();
+      __syncthreads();
 #pragma unroll
       for (int i = 0; i < kWarpM / 16; ++i) {
 #pragma unroll

@@ -49,7 +49,7 @@ void run(harness::Case& c) {
   using T = typename Math::T;
   const Sizes s(c);
   const std::string op = c.text("op");
-  const Matrix<T> weight = matrix<T>(c, "conv_weight", s.channels, 0);
+  [[maybe_unused]] const Matrix<T> weight = matrix<T>(c, "conv_weight", s.channels, 0);
 #if !defined(ONLY_BACKWARD_INPUT) && !defined(ONLY_BACKWARD_WEIGHT)
   if (op == "forward") {
     const Conv2dForward<T> p{matrix<T>(c, "input", s.channels, s.offset), weight, s.gather(),
