@@ -190,6 +190,8 @@ def finish(directory: Path) -> None:
     record = {"mode": build_mode(), "reasons": reasons}
     if "torch" in sys.modules:
         record["torch"] = sys.modules["torch"].__version__
+    if not reasons["_C_cuda"]:
+        record["architectures"] = os.environ["TORCH_CUDA_ARCH_LIST"]
     directory.mkdir(parents=True, exist_ok=True)
     (directory / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

@@ -138,9 +138,7 @@ def test_constant_statistics_keep_infinite_input_out_of_the_gradient(tmp_path):
     [(result,)] = execute(op, [one], tmp_path)
     assert result.isfinite().all()
     grad = one.folder["grad_output"]
-    expected = reference.batch_norm_relu_backward_apply(
-        grad, x, *constants, None, None, None, EPS
-    )
+    expected = reference.batch_norm_relu_backward_apply(grad, x, *constants, None, None, None, EPS)
     assert error(one.arrange(result), expected) <= 1e-6
 
 

@@ -22,7 +22,6 @@ __device__ void channel_values(const Walk& walk, A (&values)[kRows][Walk::kLanes
   const int first = walk.column() * Walk::kLanes;
 #pragma unroll
   for (int lane = 0; lane < Walk::kLanes; ++lane) {
-    if (first + lane >= size) break;
 #pragma unroll
     for (int row = 0; row < kRows; ++row) values[row][lane] = table[row * kThreads + first + lane];
   }

@@ -96,7 +96,7 @@ __device__ void chunk_statistics(const Source& source, const Geometry& geometry,
   const auto count = static_cast<double>(walk.elements_before(walk.end()) -
                                          walk.elements_before(walk.begin()));
   block_sums(walk, sums, geometry.columns, [&](int64_t channel, double sum, double square) {
-    const double offset = count > 0 ? sum / count : 0, m2 = square - sum * offset;
+    const double offset = sum / count, m2 = square - sum * offset;
     partials[walk.chunk() * geometry.channels + channel] = {
         count, shifts[channel - walk.first_channel()] + offset, m2 < 0 ? 0 : m2};
   });

@@ -85,7 +85,7 @@ Geometry geometry(const FeatureMap& map, const Pointers*... maps) {
   return g;
 }
 
-// Elements [first, last) of the kVector that begin at `offset`; none where last <= first.
+// Elements [first, last) of the kVector that begin at `offset`; last may be negative.
 template <typename T>
 struct Slot {
   int64_t offset;
@@ -137,7 +137,7 @@ class Walk {
       step_ = kThreads / g.columns;
       index_ = begin_ + static_cast<int>(threadIdx.x) / g.columns;
       const int64_t left = g.channels - first_channel() - column_ * kSize;
-      lanes_ = static_cast<int>(left < 0 ? 0 : left < kSize ? left : kSize);
+      lanes_ = static_cast<int>(left < kSize ? left : kSize);
     } else {
       step_ = kThreads;
       index_ = begin_ + threadIdx.x;
@@ -178,8 +178,7 @@ class Walk {
   __device__ int64_t element(int64_t index) const {
     const int64_t image = index / geometry_.plane_slots, slot = index % geometry_.plane_slots;
     const Slot<T> own = in_plane(image, slot);
-    const int64_t plane = (image * geometry_.channels + group_) * geometry_.spatial;
-    const int64_t last = plane + geometry_.spatial - 1, at = own.offset + own.first;
+    const int64_t last = plane_of(image) + geometry_.spatial - 1, at = own.offset + own.first;
     return at > last ? last : at;
   }
 
@@ -187,7 +186,7 @@ class Walk {
   __device__ int64_t elements_before(int64_t index) const {
     if constexpr (kChannelsLast) return index;
     const int64_t image = index / geometry_.plane_slots, slot = index % geometry_.plane_slots;
-    int64_t inside = slot * kSize - phase_of(image);
+    int64_t inside = slot * kSize - phase_of(plane_of(image));
     inside = inside < 0 ? 0 : inside < geometry_.spatial ? inside : geometry_.spatial;
     return image * geometry_.spatial + inside;
   }
@@ -208,16 +207,17 @@ class Walk {
   }
 
  private:
-  __device__ int phase_of(int64_t image) const {
-    const int64_t plane = (image * geometry_.channels + group_) * geometry_.spatial;
+  __device__ int64_t plane_of(int64_t image) const {
+    return (image * geometry_.channels + group_) * geometry_.spatial;
+  }
+  __device__ int phase_of(int64_t plane) const {
     return static_cast<int>((geometry_.phase + plane) & (kSize - 1));
   }
   __device__ Slot<T> in_plane(int64_t image, int64_t slot) const {
-    const int64_t plane = (image * geometry_.channels + group_) * geometry_.spatial;
-    const int64_t start = slot * kSize - static_cast<int>((geometry_.phase + plane) & (kSize - 1));
+    const int64_t plane = plane_of(image), start = slot * kSize - phase_of(plane);
     const int64_t left = geometry_.spatial - start;
     return {plane + start, static_cast<int>(start < 0 ? -start : 0),
-            static_cast<int>(left < 0 ? 0 : left < kSize ? left : kSize)};
+            static_cast<int>(left < kSize ? left : kSize)};
   }
 
   const Geometry& geometry_;

@@ -28,6 +28,7 @@ SHAPES = [
     (1, 17, 4, 9),
     (6, 1, 3, 3),
     (5, 33, 1, 1),
+    (1, 9, 1, 1),
     (1, 264, 2, 1),
     (40, 2, 1, 3),
     (2, 16, 7, 7),
@@ -73,9 +74,10 @@ class Sample:
 
 
 def many_chunks(dtype: torch.dtype) -> list[tuple[int, ...]]:
-    """Shapes whose reductions have several chunks: rows of channels, and one channel's planes."""
+    """Shapes whose reductions have several chunks: rows of channels, and one channel's planes, the
+    last of them with a chunk that begins behind a plane's end."""
     vector = 16 // dtype.itemsize
-    return [(3, 5, 32, 31), (2, 1, 23, 90 * vector + 1)]
+    return [(3, 5, 31, 31), (2, 1, 23, 90 * vector + 1), (2049, 1, 1, max(vector - 1, 3))]
 
 
 def sample(
