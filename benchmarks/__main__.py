@@ -10,6 +10,8 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 import click
 
 from .compare import compare
+from .signal import signal
+from .train import train
 
 DEFAULT = compare
 
@@ -29,6 +31,8 @@ def main() -> None:
 
 
 main.add_command(compare)
+main.add_command(signal)
+main.add_command(train)
 
 if __name__ == "__main__":
     main(prog_name="python -m benchmarks")

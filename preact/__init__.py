@@ -17,6 +17,8 @@ from .modules import (
     IdentityAdd,
     PreActBasicBlock,
     PreActBottleneck,
+    SyncBatchNormReLU2d,
+    convert_sync_batchnorm,
 )
 
 __version__ = "0.1.0"
@@ -28,6 +30,8 @@ __all__ = [
     "IdentityAdd",
     "PreActBasicBlock",
     "PreActBottleneck",
+    "SyncBatchNormReLU2d",
+    "convert_sync_batchnorm",
     "functional",
     "fuse_",
     "models",

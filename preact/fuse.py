@@ -83,14 +83,23 @@ class _Fuser:
         if module in self.visited:
             return
         self.visited.add(module)
-        if original_class(module).__module__ == "preact.modules":
-            kind = f"already: {type(module).__name__}"
-            self.fused.update({m: kind for m in module.modules() if is_norm(m)})
+        if _is_own(module):
+            self.visit_own(module)
             return
         for child in module.children():
             self.visit(child)
         if any(is_norm(m) for m in module.modules() if m is not module):
             self.visit_block(module)
+
+    def visit_own(self, module: nn.Module) -> None:
+        """A module of this package says itself which of its norms run in eager PyTorch."""
+        for inner in reversed([m for m in module.modules() if _is_own(m)]):
+            reasons: dict[nn.Module, str] = getattr(inner, "unfused_norms", dict)()
+            self.reasons.update(reasons)
+            kind = f"already: {type(inner).__name__}"
+            for norm in filter(is_norm, inner.modules()):
+                if norm not in self.reasons:
+                    self.fused.setdefault(norm, kind)
 
     def visit_block(self, block: nn.Module) -> None:
         cls = original_class(block)
@@ -176,6 +185,11 @@ class _Fuser:
                 reason = norm_reason(module) or self.reasons.get(module, "no forward reaches it")
                 report.skipped.append(ReportEntry(name, reason))
         return report
+
+
+def _is_own(module: nn.Module) -> bool:
+    """Whether a module's forward calls the fused functions itself."""
+    return original_class(module).__module__.startswith(("preact.modules", "preact.models."))
 
 
 def _backend(model: nn.Module) -> str:

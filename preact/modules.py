@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import functional
 from .functional import Conv, Norm, Statistics
+from .synchronised import is_synchronised, synchronised_norm
 
-Layer = tuple[nn.BatchNorm2d, nn.Conv2d]
+BatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm
+Layer = tuple[BatchNorm, nn.Conv2d]
 
 
-def _norm_of(bn: nn.BatchNorm2d, input: Tensor | None = None) -> Norm:
+def _norm_of(bn: BatchNorm, input: Tensor | None = None) -> Norm:
     """What ``bn`` would pass to ``batch_norm`` now, before it counts the batch."""
     if input is not None:
         bn._check_input_dim(input)
@@ -22,7 +27,7 @@ def _norm_of(bn: nn.BatchNorm2d, input: Tensor | None = None) -> Norm:
         if bn.training and bn.num_batches_tracked is not None:
             momentum = 1.0 / (float(bn.num_batches_tracked) + 1.0)
     tracked = not bn.training or bn.track_running_stats
-    return Norm(
+    norm = Norm(
         bn.running_mean if tracked else None,
         bn.running_var if tracked else None,
         bn.weight,
@@ -31,6 +36,9 @@ def _norm_of(bn: nn.BatchNorm2d, input: Tensor | None = None) -> Norm:
         momentum,
         bn.eps,
     )
+    if input is not None and is_synchronised(bn):
+        return synchronised_norm(bn, input, norm)
+    return norm
 
 
 def _conv_of(conv: nn.Conv2d) -> Conv:
@@ -39,7 +47,7 @@ def _conv_of(conv: nn.Conv2d) -> Conv:
     )  # fmt: skip
 
 
-def _count_batch(*norms: nn.BatchNorm2d) -> None:
+def _count_batch(*norms: BatchNorm) -> None:
     """In place, as CUDA graphs need; after the forward, so that one that raises counts nothing."""
     for bn in norms:
         if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
@@ -47,7 +55,7 @@ def _count_batch(*norms: nn.BatchNorm2d) -> None:
 
 
 def fused_batch_norm_relu(
-    bn: nn.BatchNorm2d, input: Tensor, statistics: Statistics | None = None
+    bn: BatchNorm, input: Tensor, statistics: Statistics | None = None
 ) -> Tensor:
     """``relu(bn(input))``."""
     output = functional.batch_norm_relu(input, *_norm_of(bn, input), statistics=statistics)
@@ -55,23 +63,45 @@ def fused_batch_norm_relu(
     return output
 
 
+def batch_norm(bn: BatchNorm, input: Tensor) -> Tensor:
+    """``bn(input)`` alone, for the places where no ReLU follows; nothing there is fused."""
+    output = F.batch_norm(input, *_norm_of(bn, input))
+    _count_batch(bn)
+    return output
+
+
 def fused_prefix(
     input: Tensor,
-    bn: nn.BatchNorm2d,
+    bn: BatchNorm,
     convs: Sequence[nn.Conv2d],
     residual: Tensor | None = None,
     save_activation: bool = False,
 ) -> tuple[Tensor, ...]:
     """``conv(relu(bn(input)))`` for each of ``convs``, ``residual`` added to the first."""
-    outputs, _ = functional.batch_norm_relu_convs2d(
+    return linked_prefix(input, bn, convs, residual, save_activation)[0]
+
+
+def linked_prefix(
+    input: Tensor,
+    bn: BatchNorm,
+    convs: Sequence[nn.Conv2d],
+    residual: Tensor | None = None,
+    save_activation: bool = False,
+    statistics: Statistics | None = None,
+    return_statistics: bool = False,
+) -> tuple[tuple[Tensor, ...], Statistics | None]:
+    """``fused_prefix`` that takes its input's statistics and hands on those of its first result."""
+    found = functional.batch_norm_relu_convs2d(
         input,
         _norm_of(bn, input),
         [_conv_of(conv) for conv in convs],
         residual=residual,
+        statistics=statistics,
+        return_statistics=return_statistics,
         save_activation=save_activation,
     )
     _count_batch(bn)
-    return outputs
+    return found
 
 
 def fused_unit(
@@ -82,7 +112,17 @@ def fused_unit(
     statistics: Statistics | None = None,
     return_statistics: bool = False,
 ) -> tuple[Tensor, Statistics | None]:
-    """A residual unit of torch.nn modules and the statistics of its result, if asked for."""
+    """A residual unit of torch.nn modules and the statistics of its result, if asked for.
+
+    Where a norm exchanges statistics with other processes, the unit runs prefix by prefix.
+    """
+    if any(is_synchronised(bn) for bn, _ in layers):
+        x, shortcut = input, input
+        for index, (bn, conv) in enumerate(layers):
+            convs = [conv] if index or projection is None else [conv, projection]
+            x, *projected = fused_prefix(x, bn, convs, None, save_activation)
+            shortcut = projected[0] if projected else shortcut
+        return x + shortcut, None
     output, handed_on = functional.residual_unit(
         input,
         [
@@ -106,6 +146,49 @@ class BatchNormReLU2d(nn.BatchNorm2d):
 
     def forward(self, input: Tensor, statistics: Statistics | None = None) -> Tensor:
         return fused_batch_norm_relu(self, input, statistics)
+
+
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """``nn.BatchNorm2d`` with the statistics of all processes of a group, on CPUs as on GPUs.
+
+    ``nn.SyncBatchNorm`` serves as well in front of the fused functions, but needs GPUs.
+    """
+
+    process_group: Any = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        return batch_norm(self, input)
+
+
+class SyncBatchNormReLU2d(SyncBatchNorm2d):
+    """``BatchNormReLU2d`` with the statistics of all processes of a group."""
+
+    def forward(self, input: Tensor, statistics: Statistics | None = None) -> Tensor:
+        return fused_batch_norm_relu(self, input, statistics)
+
+
+def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.Module:
+    """Synchronise every batch norm of ``module``, in place; state and activations stay.
+
+    ``nn.SyncBatchNorm.convert_sync_batchnorm`` makes a plain ``SyncBatchNorm`` of every subclass,
+    and so drops the ReLU of ``BatchNormReLU2d``. The units and networks of this package
+    hold none, so that on GPUs either conversion serves them.
+
+    Returns ``module``. Raises ``TypeError`` for a batch norm of another type, whose forward may do
+    more than normalise; nothing is changed then.
+    """
+    known: dict[type, type] = {
+        nn.BatchNorm2d: SyncBatchNorm2d,
+        BatchNormReLU2d: SyncBatchNormReLU2d,
+    }
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+    for norm in norms:
+        if type(norm) not in known and not hasattr(norm, "process_group"):
+            raise TypeError(f"{type(norm).__name__} cannot be synchronised")
+    for norm in norms:
+        norm.__class__ = known.get(type(norm), type(norm))
+        norm.process_group = process_group
+    return module
 
 
 class BatchNormReLUConv2d(nn.Module):

@@ -22,6 +22,7 @@ LAYERS = [
     {"prefix"},
     {"autograd"},
     {"checks", "functional"},
+    {"synchronised"},
     {"modules"},
     {"models", "fuse"},
     {"environment", "__init__"},

@@ -13,7 +13,7 @@ from torch import Tensor
 import preact
 from preact import models
 
-from .tolerances import EAGER_FACTOR
+from .tolerances import EAGER_FACTOR, assert_same_in_float64, distance
 
 
 def three_steps(
@@ -60,11 +60,6 @@ def network(
     return eager, fused, batches
 
 
-def distance(a: Tensor, b: Tensor) -> float:
-    """Relative, in the Euclidean norm."""
-    return float((a.double() - b.double()).norm() / b.double().norm())
-
-
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("name", ["preresnet20", "densenet121"])
 def test_three_steps_agree_in_float64(name, layout):
@@ -76,7 +71,7 @@ def test_three_steps_agree_in_float64(name, layout):
         three_steps(fused.double(), batches, "cpp"),
     ]
     for expected, found in zip(*results, strict=True):
-        assert distance(found, expected) < 1e-9
+        assert_same_in_float64(found, expected)
 
 
 def test_three_steps_in_float32_are_as_near_to_float64_as_eagers():

@@ -16,6 +16,10 @@ from torch import Tensor
 EAGER_FACTOR = 2.0
 FLOOR_ULPS = 8.0
 FLOOR_ULPS_FLOAT64 = 64.0
+NETWORK_FLOAT64 = 1e-9
+"""Relative distance of a whole network's results in float64, over some training steps."""
+AUTOCAST = 2e-2
+"""Relative distance under bfloat16 autocast, where eager itself rounds after every operation."""
 
 
 def error(result: Tensor, reference: Tensor) -> float:
@@ -26,6 +30,19 @@ def error(result: Tensor, reference: Tensor) -> float:
 
 def magnitude(tensor: Tensor) -> float:
     return float(tensor.detach().double().abs().max()) if tensor.numel() else 0.0
+
+
+def distance(result: Tensor, reference: Tensor) -> float:
+    """Relative, in the Euclidean norm."""
+    difference = result.detach().double() - reference.detach().double()
+    return float(difference.norm() / reference.detach().double().norm())
+
+
+def assert_same_in_float64(result: Tensor, reference: Tensor) -> None:
+    """Two ways through a whole network, in float64: the same but for rounding."""
+    assert result.dtype == reference.dtype == torch.float64
+    found = distance(result, reference)
+    assert found < NETWORK_FLOAT64, f"relative distance {found:.3g}"
 
 
 def floor(result: Tensor, reference: Tensor, terms: float = 0.0) -> float:

@@ -1,5 +1,6 @@
-"""The paper's networks in full pre-activation, for CIFAR and for ImageNet images."""
+"""The paper's networks, with every unit and every shortcut of it."""
 
+from . import shortcuts
 from .preresnet import (
     PreActStage,
     PreResNet,
@@ -13,15 +14,25 @@ from .preresnet import (
     preresnet83,
     preresnet101,
     preresnet110,
+    preresnet110_one_layer,
     preresnet152,
     preresnet164,
     preresnet200,
     preresnet1001,
+    wideresnet16_8,
+    wideresnet28_10,
+    wideresnet40_4,
 )
+from .units import UNITS, ResidualUnit
+from .weights import export_weights, load_weights
 
 __all__ = [
+    "UNITS",
     "PreActStage",
     "PreResNet",
+    "ResidualUnit",
+    "export_weights",
+    "load_weights",
     "preresnet18",
     "preresnet20",
     "preresnet32",
@@ -32,8 +43,13 @@ __all__ = [
     "preresnet83",
     "preresnet101",
     "preresnet110",
+    "preresnet110_one_layer",
     "preresnet152",
     "preresnet164",
     "preresnet200",
     "preresnet1001",
+    "shortcuts",
+    "wideresnet16_8",
+    "wideresnet28_10",
+    "wideresnet40_4",
 ]
