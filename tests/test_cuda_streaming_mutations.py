@@ -75,7 +75,12 @@ MUTATIONS = [
         "slots[i].holds(e) ? source.at(slots[i].offset + e) : A(0)",
         "source.at(slots[i].offset + e)",
     ),
-    Mutation(REDUCE, REDUCE, "if (!slot.holds(e)) continue;", ""),
+    Mutation(
+        REDUCE,
+        "sweep",
+        "slot.holds(e) ? map[slot.offset + e] : from_accumulate<T>(0)",
+        "map[slot.offset + (slot.holds(e) ? e : slot.first)]",
+    ),
     # Channels and chunks
     Mutation(
         APPLY,

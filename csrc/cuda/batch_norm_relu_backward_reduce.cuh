@@ -23,10 +23,10 @@ struct BackwardReduceOp {
     load_slot(loaded.grad, grad_output, slot, vector);
     load_slot(loaded.x, input, slot, vector);
   }
-  __device__ void use(const Slot<T>& slot, const Loaded& loaded) {
+  // What a slot does not hold was read as zero and adds nothing.
+  __device__ void use(const Slot<T>&, const Loaded& loaded) {
 #pragma unroll
     for (int e = 0; e < kVector<T>; ++e) {
-      if (!slot.holds(e)) continue;
       const int lane = kChannelsLast ? e : 0;
       const A x = to_accumulate(loaded.x[e]);
       const A dz = where_active(z_of(values, lane, x), to_accumulate(loaded.grad[e]));
