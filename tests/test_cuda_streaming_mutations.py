@@ -20,7 +20,7 @@ from .cuda_emulation.mutations import (
     outcomes,
     without_barrier,
 )
-from .cuda_emulation.streaming import samples
+from .cuda_emulation.streaming import OPS, samples
 from .test_cuda_streaming import results_of
 
 pytestmark = pytest.mark.skipif(
@@ -89,7 +89,9 @@ MUTATIONS = [
         "{ const int t = threadIdx.x;",
     ),
     Mutation(STATS, "two_sums", "if (t < walk.table_size()) {", "{"),
-    Mutation(STATS, "two_sums", "if (stride > 0) {", "{"),
+    Mutation(STATS, "two_sums", "stride > 0 ? chunks : 0", "chunks"),
+    Mutation(STATS, "two_sums", "if (row < end) next", "next"),
+    Mutation(STATS, "two_sums", "if (chunk + kJoinRows < end) next", "next"),
     Mutation(STATS, "statistics", "if (other.count == 0) return;", ""),
     Mutation(
         STATS, "statistics", "active && threadIdx.x < kJoinChannels", "threadIdx.x < kJoinChannels"
@@ -121,7 +123,7 @@ def outcome(op: str, csrc: Path, folder: Path) -> str:
     return ""
 
 
-@pytest.mark.parametrize("op", [STATS, RELU, ADD, REDUCE, APPLY])
+@pytest.mark.parametrize("op", OPS)
 def test_unchanged_sources_pass(op, tmp_path):
     assert outcome(op, CSRC, tmp_path) == ""
 
@@ -145,6 +147,4 @@ def test_a_mutation_is_caught(mutation, caught):
 
 
 def test_every_barrier_is_tried():
-    from . import test_cuda_conv2d_mutations as conv2d
-
-    assert barriers() == barriers_removed([*MUTATIONS, *conv2d.MUTATIONS])
+    assert barriers(OPS) == barriers_removed(MUTATIONS)

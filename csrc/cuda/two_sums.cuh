@@ -79,11 +79,18 @@ __device__ void join_chunks(Total& total, const Total* partials, int64_t chunks,
                             const Merge& merge) {
   PREACT_SHARED(Total, shared, kThreads);
   const int row = threadIdx.x / kJoinChannels;
-  if (stride > 0) {
-    for (int64_t chunk = row; chunk < chunks; chunk += kJoinRows) {
-      merge(total, partials[chunk * stride]);
-    }
+  // Each partial is under way while the one before is merged. Not unrolled: a merge divides in double
+  // precision, whose calls would make the loads of several rounds spill.
+  const int64_t end = stride > 0 ? chunks : 0;
+  Total next{};
+  if (row < end) next = partials[row * stride];
+#pragma unroll 1
+  for (int64_t chunk = row; chunk < end; chunk += kJoinRows) {
+    const Total current = next;
+    if (chunk + kJoinRows < end) next = partials[(chunk + kJoinRows) * stride];
+    merge(total, current);
   }
+#pragma unroll 1
   for (int half = kJoinRows / 2; half > 0; half /= 2) {
     if (row >= half && row < 2 * half) shared[threadIdx.x] = total;
     __syncthreads();

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,10 +44,21 @@ def place(mutation: Mutation) -> int:
     return len(mutation.old.join(pieces[: mutation.nth + 1]))
 
 
-def barriers() -> set[tuple[str, int]]:
-    """Every ``__syncthreads`` of every kernel, by file and number."""
-    files = sorted(path.stem for path in (CSRC / "cuda").glob("*.cuh"))
-    return {(file, nth) for file in files for nth in range(source(file).count(BARRIER))}
+def included(files: Iterable[str]) -> set[str]:
+    """The kernels' files that ``files`` consist of, themselves among them."""
+    found: set[str] = set()
+    waiting = list(files)
+    while waiting:
+        file = waiting.pop()
+        if file not in found:
+            found.add(file)
+            waiting += re.findall(r'#include "cuda/(\w+)\.cuh"', source(file))
+    return found
+
+
+def barriers(files: Iterable[str]) -> set[tuple[str, int]]:
+    """Every ``__syncthreads`` in ``files`` and what they include, by file and number."""
+    return {(f, nth) for f in included(files) for nth in range(source(f).count(BARRIER))}
 
 
 def barriers_removed(mutations: Sequence[Mutation]) -> set[tuple[str, int]]:

@@ -74,10 +74,18 @@ class Sample:
 
 
 def many_chunks(dtype: torch.dtype) -> list[tuple[int, ...]]:
-    """Shapes whose reductions have several chunks: rows of channels, and one channel's planes, the
-    last of them with a chunk that begins behind a plane's end."""
+    """Shapes whose reductions have several chunks: rows of channels, and one channel's planes.
+
+    The first has more chunks than threads to join them, the last a chunk that begins behind a
+    plane's end.
+    """
     vector = 16 // dtype.itemsize
-    return [(3, 5, 31, 31), (2, 1, 23, 90 * vector + 1), (2049, 1, 1, max(vector - 1, 3))]
+    return [
+        (1, 1, 260, 261),
+        (3, 5, 31, 31),
+        (2, 1, 23, 90 * vector + 1),
+        (2049, 1, 1, max(vector - 1, 3)),
+    ]
 
 
 def sample(
