@@ -11,6 +11,7 @@ import click
 
 from .compare import compare
 from .signal import signal
+from .study import study
 from .train import train
 
 DEFAULT = compare
@@ -33,6 +34,7 @@ def main() -> None:
 main.add_command(compare)
 main.add_command(signal)
 main.add_command(train)
+main.add_command(study)
 
 if __name__ == "__main__":
     main(prog_name="python -m benchmarks")

@@ -24,7 +24,6 @@ __all__ = ["compare", "run"]
 
 RESULTS = Path(__file__).parent / "results"
 QUICK_SECONDS = 4.0
-NARROWEST = 150
 
 
 class _Choices(click.ParamType[list[str]]):
@@ -50,12 +49,6 @@ class _Choices(click.ParamType[list[str]]):
             if name not in self.allowed:
                 self.fail(f"unknown name {name!r}; known are {', '.join(self.allowed)}", param, ctx)
         return list(dict.fromkeys(names))
-
-
-def _console() -> Console:
-    console = Console()
-    # A file or a pipe has no width of its own; the tables must not be cut to 80 columns there.
-    return console if console.is_terminal else Console(width=max(NARROWEST, console.width))
 
 
 def _list(console: Console) -> None:
@@ -122,7 +115,7 @@ def run(
 
     ``csv`` is written anew after every case, so an interrupted run keeps what it has.
     """
-    console = _console()
+    console = report.wide_console()
     results: list[list[Row]] = []
     columns = (
         TextColumn("{task.description}"),
@@ -225,7 +218,7 @@ def compare(
     Results are compared before anything is timed. A provider whose results are wrong gets no speed
     figure, and the exit status is 1 if that is preact.
     """
-    console = _console()
+    console = report.wide_console()
     if list_only:
         _list(console)
         return

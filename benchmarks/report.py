@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -11,9 +12,16 @@ from .providers import BASELINE
 from .rows import Row
 from .timing import Spread
 
-__all__ = ["case_table", "summary_table"]
+__all__ = ["case_table", "summary_table", "wide_console"]
 
+NARROWEST = 150
 _MIB = 2**20
+
+
+def wide_console() -> Console:
+    """The terminal; a file or a pipe has no width of its own, and tables must not be cut there."""
+    console = Console()
+    return console if console.is_terminal else Console(width=max(NARROWEST, console.width))
 
 
 def _ratio(spread: Spread | None) -> str:

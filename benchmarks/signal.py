@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
 import preact
@@ -16,6 +15,7 @@ from preact.models import UNITS, shortcuts
 from preact.models.shortcuts import Shortcut
 
 from .records import write_records
+from .report import wide_console
 from .signal_flow import Stage, UnitSignal, measure
 
 __all__ = ["CASES", "signal"]
@@ -120,7 +120,7 @@ def signal(
     write_records(written[0], signals_csv)
     write_records(written[1], stages_csv)
     draw(results, f"{network}, {unit}, untrained, {batch_size} random images", written[2])
-    console = Console()
+    console = wide_console()
     console.print(table)
     for path in written:
         console.print(f"wrote {path}", soft_wrap=True)

@@ -1,8 +1,8 @@
 """Autograd Functions: which tensors are saved for backward, and which op runs when.
 
 Saved are the inputs of the batch norms, per-channel vectors and weights; the activations between
-are computed again in backward, or kept with ``save_activation``. Forwards are functional, no input
-is written to.
+are computed again in backward, or kept with ``save_activation`` where they are written at all (a
+fused convolution writes none). Forwards are functional, no input is written to.
 
 Statistics come in as constants and are differentiated through by formula: with ``batch_stats`` the
 caller promises that ``mean`` and ``var`` are those of ``input`` itself.
@@ -20,16 +20,18 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .plans import Geometry
 from .prefix import (
     Affine,
-    Geometry,
     Needs,
+    Pending,
     activate,
     cast_like,
-    convolve,
     differentiable_backward,
     eager_prefix,
+    fuses_backward,
     prefix_backward,
+    prefix_convolutions,
 )
 
 UnitSettings = tuple[
@@ -118,24 +120,10 @@ class BatchNormReLUConv2d(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         table = backends.table(backend)
         norm = Affine(mean, var, weight, bias, eps, batch_stats)
-        weights = conv_parameters[::2]
-        assert weights[0] is not None
-        activation = activate(table, input, norm, weights[0].dtype)
-        outputs = []
-        for index, geometry in enumerate(geometries):
-            conv_weight, conv_bias = conv_parameters[2 * index : 2 * index + 2]
-            assert conv_weight is not None
-            outputs.append(convolve(activation, conv_weight, conv_bias, geometry))
-        statistics: tuple[Tensor, ...] = ()
-        if return_statistics:
-            if residual is not None:
-                outputs[0], *found = table.identity_add(outputs[0], residual)
-                statistics = tuple(found)
-            else:
-                statistics = table.batch_norm_stats(outputs[0])
-            ctx.mark_non_differentiable(*statistics)
-        elif residual is not None:
-            outputs[0] = outputs[0] + residual
+        outputs, statistics, activation = prefix_convolutions(
+            table, input, norm, _convs(conv_parameters, geometries), residual, return_statistics
+        )
+        ctx.mark_non_differentiable(*statistics)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
             input, mean, var, weight, bias, activation if save_activation else None,
@@ -153,12 +141,9 @@ class BatchNormReLUConv2d(torch.autograd.Function):
         needs = ctx.needs_input_grad
         grad_residual = grads[0] if needs[6] else None
         if torch.is_grad_enabled():
-            triples = [
-                (conv_parameters[2 * i], conv_parameters[2 * i + 1], geometry)
-                for i, geometry in enumerate(geometries)
-            ]
+            convs = _convs(conv_parameters, geometries)
             found = differentiable_backward(
-                lambda: eager_prefix(input, norm, triples),
+                lambda: eager_prefix(input, norm, convs),
                 grads,
                 [input, weight, bias, *conv_parameters],
             )
@@ -178,11 +163,24 @@ class BatchNormReLUConv2d(torch.autograd.Function):
             None,
             Needs(needs[1], needs[4] or needs[5], conv_needs),
         )
+        assert not isinstance(result.input, Pending)
         return (
             None, result.input, None, None, cast_like(result.weight, weight) if needs[4] else None,
             cast_like(result.bias, bias) if needs[5] else None, grad_residual,
             None, None, None, None, None, *(grad for pair in result.convs for grad in pair),
         )  # fmt: skip
+
+
+def _convs(
+    parameters: Sequence[Tensor | None], geometries: Sequence[Geometry]
+) -> list[tuple[Tensor, Tensor | None, Geometry]]:
+    """Weight, bias and geometry of each convolution whose weights and biases stand in turn."""
+    convs = []
+    for index, geometry in enumerate(geometries):
+        weight, bias = parameters[2 * index : 2 * index + 2]
+        assert weight is not None
+        convs.append((weight, bias, geometry))
+    return convs
 
 
 class ResidualUnit(torch.autograd.Function):
@@ -206,27 +204,32 @@ class ResidualUnit(torch.autograd.Function):
         saved: list[Tensor | None] = []
         inner: list[Tensor] = []
         x, shortcut = input, input
+        last = len(geometries) - 1
+        known: tuple[Tensor, ...] = ()
         for index, geometry in enumerate(geometries):
-            weight, bias, mean, var, conv_weight, conv_bias = parameters[6 * index : 6 * index + 6]
+            weight, bias, mean, var, *conv_parameters = parameters[6 * index : 6 * index + 6]
             if mean is None or var is None:
-                mean, var = table.batch_norm_stats(x)
+                mean, var = known or table.batch_norm_stats(x)
                 inner += [mean, var]
-            assert conv_weight is not None
             norm = Affine(mean, var, weight, bias, eps[index], batch_stats[index])
-            activation = activate(table, x, norm, conv_weight.dtype)
+            used = [geometry]
             if index == 0 and projection is not None:
-                projection_weight, projection_bias = parameters[-2:]
-                assert projection_weight is not None
-                shortcut = convolve(activation, projection_weight, projection_bias, projection)
+                conv_parameters += parameters[-2:]
+                used.append(projection)
+            follows = index < last and parameters[6 * (index + 1) + 2] is None
+            adds = index == last and (index > 0 or projection is None)
+            (output, *projected), known, activation = prefix_convolutions(
+                table, x, norm, _convs(conv_parameters, used), shortcut if adds else None,
+                return_statistics if adds else follows,
+            )  # fmt: skip
+            shortcut = projected[0] if projected else shortcut
+            if index == last and not adds:  # one layer, whose shortcut is projected along with it
+                output, *found = table.identity_add(output, shortcut)
+                known = tuple(found)
             if save:
                 saved += [x, mean, var, activation if save_activation else None]
-            x = convolve(activation, conv_weight, conv_bias, geometry)
-        statistics: tuple[Tensor, ...] = ()
-        if return_statistics:
-            output, *found = table.identity_add(x, shortcut)
-            statistics = tuple(found)
-        else:
-            output = x + shortcut
+            x = output
+        statistics, output = (known if return_statistics else ()), x
         ctx.mark_non_differentiable(*statistics, *inner)
         ctx.set_materialize_grads(False)
         if save:
@@ -256,24 +259,28 @@ class ResidualUnit(torch.autograd.Function):
 
         table = backends.table(backend)
         gradients: list[Tensor | None] = [None] * len(parameters)
-        grad: Tensor | None = grad_output
+        grad: Tensor | Pending | None = grad_output
+        layer_needs = _layer_needs(ctx.needs_input_grad[1], needs, layers, projection is not None)
         for index in reversed(range(layers)):
             x, mean, var, activation = saved[4 * index : 4 * index + 4]
             first = 6 * index
             weight, bias, _, _, conv_weight, _ = parameters[first : first + 6]
             weights, used, grads = [conv_weight], [geometries[index]], [grad]
-            conv_needs = [(needs[first + 4], needs[first + 5])]
             grad_skip: Tensor | None = None
             if index == 0 and projection is not None:
                 weights.append(parameters[-2])
                 used.append(projection)
                 grads.append(grad_output)
-                conv_needs.append((needs[-2], needs[-1]))
             elif index == 0:
                 grad_skip = grad_output
-            needs_input = ctx.needs_input_grad[1] or any(needs[:first])
-            if index > 0 and projection is not None:
-                needs_input = needs_input or needs[-2] or needs[-1]
+            leave_pending = False
+            if index > 0:
+                before = layer_needs[index - 1]
+                of_weight, of_bias = before.convs[0]
+                leave_pending = not of_bias and fuses_backward(
+                    saved[4 * (index - 1)], parameters[first - 2], geometries[index - 1],
+                    before.activation, of_weight,
+                )  # fmt: skip
             result = prefix_backward(
                 table,
                 x,
@@ -283,7 +290,8 @@ class ResidualUnit(torch.autograd.Function):
                 grads,
                 activation,
                 grad_skip,
-                Needs(needs_input, needs[first] or needs[first + 1], conv_needs),
+                layer_needs[index],
+                leave_pending,
             )
             grad = result.input
             if needs[first]:
@@ -293,9 +301,23 @@ class ResidualUnit(torch.autograd.Function):
             gradients[first + 4], gradients[first + 5] = result.convs[0]
             if len(result.convs) == 2:
                 gradients[-2], gradients[-1] = result.convs[1]
-            if not needs_input:
+            if not layer_needs[index].input:
                 break
+        assert not isinstance(grad, Pending)
         return (None, grad if ctx.needs_input_grad[1] else None, None, *gradients)
+
+
+def _layer_needs(input: bool, needs: Sequence[bool], layers: int, projected: bool) -> list[Needs]:
+    """What each layer of a unit has to give, from what each of its parameters needs."""
+    found = []
+    for index in range(layers):
+        first = 6 * index
+        convs = [(needs[first + 4], needs[first + 5])]
+        if index == 0 and projected:
+            convs.append((needs[-2], needs[-1]))
+        below = input or any(needs[:first]) or (index > 0 and projected and any(needs[-2:]))
+        found.append(Needs(below, needs[first] or needs[first + 1], convs))
+    return found
 
 
 def _eager_unit(

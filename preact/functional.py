@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import autograd, backends, checks
-from .prefix import Geometry
+from .plans import Geometry
 
 Statistics = tuple[Tensor, Tensor]
 """``(mean, var)`` of one feature map: biased variance, float32 (float64 for float64), ``[C]``."""

@@ -30,10 +30,6 @@ SCHEMAS: dict[str, str] = {
         f"(Tensor grad_output, Tensor input, {_NORM}, Tensor? grad_weight, Tensor? grad_bias,"
         " Tensor? grad_skip, float eps) -> Tensor"
     ),
-    "conv2d_weight_gradient": (
-        "(Tensor grad_output, Tensor input, int kernel_h, int kernel_w, int stride_h,"
-        " int stride_w, int padding_h, int padding_w, int dilation_h, int dilation_w) -> Tensor"
-    ),
     "batch_norm_relu_conv2d": (
         f"(Tensor input, {_NORM}, float eps, Tensor conv_weight, Tensor? conv_bias,"
         f" Tensor? residual, {_CONV}) -> (Tensor, Tensor, Tensor)"
@@ -45,6 +41,10 @@ SCHEMAS: dict[str, str] = {
     "batch_norm_relu_conv2d_backward_weight": (
         f"(Tensor grad_output, Tensor input, {_NORM}, float eps, Tensor conv_weight, {_CONV},"
         f" {_PENDING}) -> Tensor"
+    ),
+    "batch_norm_relu_conv2d_backward": (
+        f"(Tensor grad_output, Tensor input, {_NORM}, float eps, Tensor conv_weight,"
+        f" Tensor? grad_activation, {_CONV}, {_PENDING}) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
     "batch_norm_backward_coefficients": (
         "(Tensor input, Tensor mean, Tensor var, Tensor? weight, Tensor? grad_weight,"
@@ -85,15 +85,6 @@ def _fake_backward_apply(grad_output: Tensor, input: Tensor, *_: Any) -> Tensor:
     return _like(input)
 
 
-def _fake_weight_gradient(
-    grad_output: Tensor, input: Tensor, kernel_h: int, kernel_w: int, *_: int
-) -> Tensor:
-    shape = (grad_output.size(1), input.size(1), kernel_h, kernel_w)
-    return torch.empty(
-        shape, dtype=input.dtype, device=input.device, memory_format=torch.channels_last
-    )
-
-
 def _fake_conv2d(
     input: Tensor,
     mean: Tensor,
@@ -130,6 +121,13 @@ def _fake_conv2d_backward_weight(
     return _like(conv_weight)
 
 
+def _fake_conv2d_backward(
+    grad_output: Tensor, input: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
+    grad_weight = _fake_conv2d_backward_weight(grad_output, input, *arguments)
+    return (*_fake_conv2d_backward_input(grad_output, input), grad_weight)
+
+
 def _fake_coefficients(input: Tensor, *_: Any) -> Tensor:
     return input.new_empty(4, input.size(1), dtype=reference.accumulate_dtype(input.dtype))
 
@@ -140,14 +138,18 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "identity_add": _fake_identity_add,
     "batch_norm_relu_backward_reduce": _fake_reduce,
     "batch_norm_relu_backward_apply": _fake_backward_apply,
-    "conv2d_weight_gradient": _fake_weight_gradient,
     "batch_norm_relu_conv2d": _fake_conv2d,
     "batch_norm_relu_conv2d_backward_input": _fake_conv2d_backward_input,
     "batch_norm_relu_conv2d_backward_weight": _fake_conv2d_backward_weight,
+    "batch_norm_relu_conv2d_backward": _fake_conv2d_backward,
     "batch_norm_backward_coefficients": _fake_coefficients,
 }
 
+# Kernels of these serve part of what the ops take, and hand the rest on to this overload.
+_PARTLY_NATIVE = ("batch_norm_relu_conv2d", "batch_norm_relu_conv2d_backward")
+
 for _name, _schema in SCHEMAS.items():
-    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"preact::{_name}", _FAKES[_name], lib=_library)
+    for _overload in ("", ".reference") if _name in _PARTLY_NATIVE else ("",):
+        _library.define(_name + _overload + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(_name + _overload, getattr(reference, _name), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"preact::{_name}{_overload}", _FAKES[_name], lib=_library)

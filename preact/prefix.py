@@ -9,10 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import cpp
-
-Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
-"""Stride, padding, dilation and groups of a convolution."""
+from . import plans
+from .plans import Geometry
 
 
 class Affine(NamedTuple):
@@ -39,7 +37,6 @@ def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
 
 
 def convolve_backward(
-    table: Any,
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,
@@ -48,25 +45,11 @@ def convolve_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of a convolution's input, weight and bias, those that ``mask`` asks for."""
     stride, padding, dilation, groups = geometry
-    wants_input, wants_weight, wants_bias = mask
-    grad_weight: Tensor | None = None
-    if (
-        wants_weight
-        and not wants_bias
-        and cpp.prefers_weight_gradient(grad_output, input, weight, groups)
-    ):
-        kernel = (weight.size(2), weight.size(3))
-        grad_weight = table.conv2d_weight_gradient(
-            grad_output, input, *kernel, *stride, *padding, *dilation
-        )
-        if not wants_input:
-            return None, grad_weight, None
-    found = torch.ops.aten.convolution_backward.default(
-        grad_output, input, weight, [weight.size(0)] if wants_bias else None, stride, padding,
-        dilation, False, [0, 0], groups,
-        [wants_input, wants_weight and grad_weight is None, wants_bias],
+    grad_input, grad_weight, grad_bias = torch.ops.aten.convolution_backward.default(
+        grad_output, input, weight, [weight.size(0)] if mask[2] else None, stride, padding,
+        dilation, False, [0, 0], groups, mask,
     )  # fmt: skip
-    return found[0], found[1] if grad_weight is None else grad_weight, found[2]
+    return grad_input, grad_weight, grad_bias
 
 
 def cast_like(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
@@ -83,12 +66,66 @@ class Needs(NamedTuple):
     norm: bool
     convs: list[tuple[bool, bool]]  # weight, bias
 
+    @property
+    def activation(self) -> bool:
+        """Whether the convolutions have to give gradients of their input."""
+        return self.input or self.norm
+
+
+class Pending(NamedTuple):
+    """The gradient of a batch norm's input, its last step left to the convolution that reads it."""
+
+    grad_z: Tensor
+    input: Tensor
+    coefficients: Tensor
+
 
 class PrefixGradients(NamedTuple):
-    input: Tensor | None
+    input: Tensor | Pending | None
     weight: Tensor | None
     bias: Tensor | None
     convs: list[tuple[Tensor | None, Tensor | None]]
+
+
+def prefix_convolutions(
+    table: Any,
+    input: Tensor,
+    norm: Affine,
+    convs: Sequence[tuple[Tensor, Tensor | None, Geometry]],
+    residual: Tensor | None,
+    statistics: bool,
+) -> tuple[list[Tensor], tuple[Tensor, ...], Tensor | None]:
+    """One BN-ReLU feeding ``convs``, ``residual`` added to the first.
+
+    Returns the results, mean and variance of the first with ``statistics``, and the activation,
+    None where every convolution was fused and it was never written.
+    """
+    activation: Tensor | None = None
+    outputs: list[Tensor] = []
+    found: tuple[Tensor, ...] = ()
+    vectors = (norm.mean, norm.var, norm.weight, norm.bias)
+    for index, (weight, bias, geometry) in enumerate(convs):
+        added = residual if index == 0 else None
+        work = "forward with statistics" if norm.batch_stats else "forward"
+        if plans.fuses_convolution(input, weight, geometry, work):
+            output, *found_here = table.batch_norm_relu_conv2d(
+                input, *vectors, norm.eps, weight, bias, added, *geometry
+            )
+        else:
+            if activation is None:
+                activation = activate(table, input, norm, weight.dtype)
+            output = convolve(activation, weight, bias, geometry)
+            found_here = []
+            if added is not None and statistics:
+                output, *found_here = table.identity_add(output, added)
+            elif added is not None:
+                output = output + added
+            elif index == 0 and statistics:
+                found_here = list(table.batch_norm_stats(output))
+        if index == 0 and statistics:
+            found = tuple(found_here)
+        outputs.append(output)
+    return outputs, found, activation
 
 
 def prefix_backward(
@@ -97,60 +134,96 @@ def prefix_backward(
     norm: Affine,
     weights: Sequence[Tensor],
     geometries: Sequence[Geometry],
-    grad_outputs: Sequence[Tensor | None],
+    grad_outputs: Sequence[Tensor | Pending | None],
     activation: Tensor | None,
     grad_skip: Tensor | None,
     needs: Needs,
+    leave_pending: bool = False,
 ) -> PrefixGradients:
     """Backward of one BN-ReLU feeding ``weights``; ``grad_skip`` joins the gradient of ``input``.
 
-    Each convolution gives its gradients in one call: a second call costs the library's set-up and
-    its reorders again, more than the pass that computing activation and sums together would save.
+    The library's convolutions give their gradients in one call each: a second call costs the set-up
+    and the reorders again, more than the pass that computing activation and sums together would
+    save. Fused ones come after them and take what they found on the way. With ``leave_pending``
+    the gradient of ``input`` is returned ``Pending`` where it can be.
     """
     vectors = (norm.mean, norm.var, norm.weight, norm.bias)
     reduce = needs.norm or (needs.input and norm.batch_stats)
-    wants_input = reduce or needs.input
-    if activation is None and any(weight for weight, _ in needs.convs):
-        activation = activate(table, input, norm, weights[0].dtype)
-    # Where no weight needs a gradient the convolution reads only the shape of its input.
-    source = input if activation is None else activation
+    wants_input = needs.activation
 
     grad_activation: Tensor | None = None
-    convs: list[tuple[Tensor | None, Tensor | None]] = []
-    for weight, geometry, grad, (wants_weight, wants_bias) in zip(
-        weights, geometries, grad_outputs, needs.convs, strict=True
+    convs: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(weights)
+    fused: list[int] = []
+    for index, (weight, geometry, grad) in enumerate(
+        zip(weights, geometries, grad_outputs, strict=True)
     ):
-        part: Tensor | None = None
-        of_weight: Tensor | None = None
-        of_bias: Tensor | None = None
-        if grad is not None and (wants_input or wants_weight or wants_bias):
-            part, of_weight, of_bias = convolve_backward(
-                table,
-                grad,
-                source if source.dtype == weight.dtype else source.to(weight.dtype),
-                weight,
-                geometry,
-                [wants_input, wants_weight, wants_bias],
-            )
-        convs.append((of_weight, of_bias))
+        wants_weight, wants_bias = needs.convs[index]
+        if grad is None or not (wants_input or wants_weight or wants_bias):
+            continue
+        if fuses_backward(input, weight, geometry, wants_input, wants_weight):
+            fused.append(index)
+            continue
+        assert isinstance(grad, Tensor)
+        if activation is None and wants_weight:
+            activation = activate(table, input, norm, weight.dtype)
+        # Where no weight needs a gradient the convolution reads only the shape of its input.
+        source = input if activation is None else activation
+        part, *of_parameters = convolve_backward(
+            grad,
+            source if source.dtype == weight.dtype else source.to(weight.dtype),
+            weight,
+            geometry,
+            [wants_input, wants_weight, wants_bias],
+        )
+        convs[index] = (of_parameters[0], of_parameters[1])
         if part is not None:
             grad_activation = part if grad_activation is None else grad_activation + part
     grad_activation = cast_like(grad_activation, input)
 
     grad_weight: Tensor | None = None
     grad_bias: Tensor | None = None
-    if grad_activation is not None and reduce:
+    for index in fused:
+        grad = grad_outputs[index]
+        pending: Sequence[Tensor | None] = (None, None)
+        if isinstance(grad, Pending):
+            grad, *pending = grad
+        assert grad is not None
+        of_bias = grad.sum((0, 2, 3)) if needs.convs[index][1] else None
+        # The mask leaves a masked gradient as it is: each convolution adds to what the last masked.
+        grad_activation, grad_weight, grad_bias, of_weight = table.batch_norm_relu_conv2d_backward(
+            grad, input, *vectors, norm.eps, weights[index], grad_activation, *geometries[index],
+            *pending,
+        )  # fmt: skip
+        convs[index] = (of_weight, of_bias)
+    if grad_activation is not None and reduce and grad_weight is None:
         grad_weight, grad_bias = table.batch_norm_relu_backward_reduce(
             grad_activation, input, *vectors, norm.eps
         )
 
-    grad_input = grad_skip if needs.input else None
+    grad_input: Tensor | Pending | None = grad_skip if needs.input else None
     if grad_activation is not None and needs.input:
         sums = (grad_weight, grad_bias) if norm.batch_stats else (None, None)
-        grad_input = table.batch_norm_relu_backward_apply(
-            grad_activation, input, *vectors, *sums, cast_like(grad_skip, input), norm.eps
-        )
+        if leave_pending and fused and grad_skip is None:
+            coefficients = table.batch_norm_backward_coefficients(
+                input, norm.mean, norm.var, norm.weight, *sums, norm.eps
+            )
+            grad_input = Pending(grad_activation, input, coefficients)
+        else:
+            grad_input = table.batch_norm_relu_backward_apply(
+                grad_activation, input, *vectors, *sums, cast_like(grad_skip, input), norm.eps
+            )
     return PrefixGradients(grad_input, grad_weight, grad_bias, convs)
+
+
+def fuses_backward(
+    input: Tensor, weight: Tensor, geometry: Geometry, wants_input: bool, wants_weight: bool
+) -> bool:
+    """Whether the backward of a convolution runs fused: it gives both gradients, or none."""
+    return (
+        wants_input
+        and wants_weight
+        and plans.fuses_convolution(input, weight, geometry, "backward")
+    )
 
 
 def eager_prefix(

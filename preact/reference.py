@@ -133,27 +133,6 @@ def batch_norm_relu_backward_apply(
     return preserve_layout(grad_input.to(input.dtype), input)
 
 
-def conv2d_weight_gradient(
-    grad_output: Tensor,
-    input: Tensor,
-    kernel_h: int,
-    kernel_w: int,
-    stride_h: int,
-    stride_w: int,
-    padding_h: int,
-    padding_w: int,
-    dilation_h: int,
-    dilation_w: int,
-) -> Tensor:
-    """Gradient ``[O, C, KH, KW]`` of a convolution's weight, without groups, channels_last."""
-    weight = input.new_empty(grad_output.size(1), input.size(1), kernel_h, kernel_w)
-    gradient = torch.ops.aten.convolution_backward.default(
-        grad_output, input, weight, None, [stride_h, stride_w], [padding_h, padding_w],
-        [dilation_h, dilation_w], False, [0, 0], 1, [False, True, False],
-    )[1]  # fmt: skip
-    return gradient.contiguous(memory_format=torch.channels_last)
-
-
 def convolve(
     input: Tensor,
     weight: Tensor,
@@ -297,3 +276,39 @@ def batch_norm_relu_conv2d_backward_weight(
         padding, dilation, False, [0, 0], groups, [False, True, False],
     )[1]  # fmt: skip
     return preserve_layout(gradient, conv_weight)
+
+
+def batch_norm_relu_conv2d_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    conv_weight: Tensor,
+    grad_activation: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    pending_input: Tensor | None = None,
+    coefficients: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(grad_z, sum_dz_x, sum_dz, gradient of conv_weight)``: both gradients in one pass.
+
+    ``grad_activation``, like ``input``, is what other users of the activation contribute to its
+    gradient. ``grad_output`` may be pending, as in ``batch_norm_relu_conv2d_backward_input``.
+    """
+    grad_output = _incoming(grad_output, pending_input, coefficients)
+    activation = batch_norm_relu(input, mean, var, weight, bias, eps).to(conv_weight.dtype)
+    gradient, grad_conv_weight, _ = torch.ops.aten.convolution_backward.default(
+        grad_output, activation, conv_weight, None, stride, padding, dilation, False, [0, 0],
+        groups, [True, True, False],
+    )  # fmt: skip
+    if grad_activation is not None:
+        gradient = gradient + grad_activation
+    _, z, _ = _centred_and_z(input, mean, var, weight, bias, eps)
+    grad_z = preserve_layout(torch.where(z > 0, gradient.to(z.dtype), 0).to(input.dtype), input)
+    sums = batch_norm_relu_backward_reduce(grad_z, input, mean, var, weight, bias, eps)
+    return (grad_z, *sums, preserve_layout(grad_conv_weight, conv_weight))

@@ -19,6 +19,7 @@ LAYERS = [
     {"reference"},
     {"ops"},
     {"backends"},
+    {"plans"},
     {"prefix"},
     {"autograd"},
     {"checks", "functional"},

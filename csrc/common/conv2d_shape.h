@@ -10,6 +10,8 @@ struct Conv2dShape {
   int64_t out_channels, out_h, out_w;
   int64_t kernel_h, kernel_w, stride_h, stride_w;
   int64_t padding_h, padding_w, dilation_h, dilation_w;
+
+  int64_t taps() const { return kernel_h * kernel_w; }
 };
 
 }  // namespace preact

@@ -1,5 +1,4 @@
 #define PREACT_KERNELS "cpu/batch_norm_relu_backward_apply_kernel.h"
-#include "common/backward_terms.h"
 #include "cpu/foreach_capability.h"
 #include "cpu/host.h"
 
@@ -25,23 +24,12 @@ Tensor batch_norm_relu_backward_apply(const Tensor& grad_output_, const Tensor& 
   dispatch(input.scalar_type(), [&]<typename T>() {
     using A = accumulate_t<T>;
     const Affine<A> affine(input, mean, var, weight, bias, eps);
-    std::vector<A> slope, offset;
-    if (grad_weight) {
-      const Tensor sum_dz_x = channel_vector(*grad_weight, input, "grad_weight");
-      const Tensor sum_dz = channel_vector(*grad_bias, input, "grad_bias");
-      const A inverse = A(1) / static_cast<A>(map.count());
-      for (int64_t c = 0; c < map.channels; ++c) {
-        const BackwardTerms<A> terms(affine.scale[c], affine.invstd[c], data<A>(sum_dz_x)[c],
-                                     data<A>(sum_dz)[c], inverse);
-        slope.push_back(terms.slope);
-        offset.push_back(terms.offset);
-      }
-    }
+    const BackwardSums<A> sums(input, affine, grad_weight, grad_bias, map.count());
     const auto part = PREACT_SELECT(batch_norm_relu_backward_apply_part, T);
     parallel_over_map(map, [&](int64_t begin, int64_t end) {
       part(data<T>(grad_output), data<T>(input), skip ? data<T>(*skip) : nullptr,
            mutable_data<T>(grad_input), map, affine.mean.data(), affine.scale.data(),
-           affine.bias.data(), grad_weight ? slope.data() : nullptr, offset.data(), begin, end);
+           affine.bias.data(), grad_weight ? sums.slope.data() : nullptr, sums.offset.data(), begin, end);
     });
   });
   return grad_input;

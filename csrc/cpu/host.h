@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "common/backward_terms.h"
 #include "common/moments.h"
 #include "common/tensors.h"
 #include "cpu/capability.h"
@@ -59,6 +60,28 @@ struct Affine {
     for (int64_t c = 0; c < channels; ++c) {
       invstd[c] = static_cast<A>(1.0 / std::sqrt(static_cast<double>(invstd[c]) + eps));
       scale[c] *= invstd[c];
+    }
+  }
+};
+
+// What the two sums of the backward add to scale * dz: slope * (x - mean) + offset, per channel;
+// zero where the statistics are constants and there are no sums.
+template <typename A>
+struct BackwardSums {
+  std::vector<A> slope, offset;
+
+  BackwardSums(const Tensor& input, const Affine<A>& affine, const OptionalTensor& grad_weight,
+               const OptionalTensor& grad_bias, int64_t count)
+      : slope(affine.scale.size(), A(0)), offset(affine.scale.size(), A(0)) {
+    if (!grad_weight) return;
+    const Tensor sum_dz_x = channel_vector(*grad_weight, input, "grad_weight");
+    const Tensor sum_dz = channel_vector(*grad_bias, input, "grad_bias");
+    const A inverse = A(1) / static_cast<A>(count);
+    for (size_t c = 0; c < slope.size(); ++c) {
+      const BackwardTerms<A> terms(affine.scale[c], affine.invstd[c], data<A>(sum_dz_x)[c],
+                                   data<A>(sum_dz)[c], inverse);
+      slope[c] = terms.slope;
+      offset[c] = terms.offset;
     }
   }
 };

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from . import cuda_conv2d
+from ..reference import memory_format_of
 
 Decided = TypeVar("Decided", bound=Callable[..., object])
 
@@ -66,41 +66,48 @@ def why_not(device_type: str) -> str:
     if device_type == "cpu":
         return load()
     if device_type == "cuda":
-        reason = load() or load("_C_cuda")
-        if not reason:
-            cuda_conv2d.register()
-        return reason
+        return load() or load("_C_cuda") or _too_old_gpu()
     return f"no native kernels for device type {device_type}"
 
 
-@constant_to_compile
 @functools.cache
-def _own_weight_gradients() -> bool:
+def _decide_own_convolutions() -> bool:
     choice = os.environ.get("PREACT_CONV", "auto")
     if choice not in ("auto", "library"):
         raise ValueError(f"PREACT_CONV must be auto or library, got {choice!r}")
-    return choice == "auto" and cpu_capability() == "AVX2"
+    return choice == "auto" and cpu_capability() in ("AVX512", "AVX2")
 
 
-def prefers_weight_gradient(
-    grad_output: Tensor, input: Tensor, weight: Tensor, groups: int
+@constant_to_compile
+def _own_convolutions() -> bool:
+    """Whether this processor runs convolutions of our own; ``PREACT_CONV=library`` forbids them."""
+    return _decide_own_convolutions()
+
+
+# Weights up to which the direct convolution won against the library's between our passes, by whole
+# networks and single layers of ResNets and DenseNets, with AVX-512 and AVX2. Larger ones leave the
+# cache; without the statistics, which it takes almost for free, a forward gains least.
+_MOST_WEIGHTS = {"forward": 20_000, "forward with statistics": 70_000, "backward": 140_000}
+
+
+def prefers_direct(
+    input: Tensor,
+    weight: Tensor,
+    geometry: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int],
+    work: str,
 ) -> bool:
-    """Whether ``conv2d_weight_gradient`` is to be used in place of PyTorch's own.
+    """Whether the direct convolution with the BN-ReLU prologue is to be used on the CPU.
 
-    Measured with AVX2: PyTorch's takes 1.2 to 2.3 times as long for 3x3 kernels on images of 7x7
-    to 56x56, and less for 1x1 kernels and for large weights; with AVX-512 it is near the
-    processor's peak and stays. ``PREACT_CONV=library`` switches the choice off.
+    ``work`` is "forward", "forward with statistics" or "backward".
     """
-    _, channels, kernel_h, kernel_w = weight.shape
+    stride, _, _, groups = geometry
     return (
-        input.device.type == "cpu"
-        and input.dtype == grad_output.dtype == torch.float32
+        input.dtype == weight.dtype == torch.float32
         and groups == 1
-        and kernel_h * kernel_w > 1
-        and channels % 16 == 0
-        and weight.numel() <= 300_000
-        and grad_output.size(2) * grad_output.size(3) >= 49
-        and _own_weight_gradients()
+        and stride in ((1, 1), (2, 2))
+        and memory_format_of(input) == torch.channels_last
+        and weight.numel() <= _MOST_WEIGHTS[work]
+        and _own_convolutions()
     )
 
 

@@ -1,0 +1,78 @@
+#define PREACT_KERNELS "cpu/batch_norm_relu_conv2d_kernel.h"
+#include "cpu/foreach_capability.h"
+#include "cpu/conv2d_host.h"
+
+namespace preact::cpu {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> direct(const Tensor& input, const Affine<float>& affine,
+                                          const Tensor& conv_weight, const OptionalTensor& bias,
+                                          const OptionalTensor& residual,
+                                          const Conv2dShape& shape) {
+  constexpr int64_t kMostChunks = 64;
+  DirectForward task;
+  task.blocks = DirectBlocks::of(shape);
+  const Conv2dShape& blocks = task.blocks.shape;
+  task.staged = stage_input(blocks);
+  task.gather = forward_gather(blocks, task.staged);
+  float* const weights = scratch(Slot::weights, packed_size(blocks, blocks.taps()));
+  pack_weights(data<float>(conv_weight), weight_strides(conv_weight), blocks, task.gather.kernel,
+               false, weights);
+  Tensor output = empty_map({shape.batch, shape.out_channels, shape.out_h, shape.out_w}, input,
+                            MemoryFormat::ChannelsLast);
+  Tensor mean = empty_vector(output), var = empty_vector(output);
+  task.norm = direct_norm(affine);
+  task.input = data<float>(input);
+  task.weights = weights;
+  task.bias = maybe_data(bias);
+  task.residual = maybe_data(residual);
+  task.output = mutable_data<float>(output);
+
+  const BlockChunks chunks(blocks, kMostChunks);
+  const FeatureMap map{shape.batch, shape.out_channels, shape.out_h * shape.out_w, true};
+  const Chunks rows{chunks.count, chunks.size * blocks.out_h * blocks.out_w};
+  Partials partials(map, rows);
+  const auto part = PREACT_SELECT(batch_norm_relu_conv2d_part, float);
+  torch::stable::parallel_for(0, chunks.count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      part(task, chunks.begin(chunk), chunks.end(blocks, chunk),
+           partials.first.data() + chunk * map.channels,
+           partials.second.data() + chunk * map.channels);
+    }
+  });
+  write_statistics<float>(partials, map, rows, mean, var);
+  return {output, mean, var};
+}
+
+}  // namespace
+
+// conv2d(relu(batch_norm(input))) + conv_bias + residual, and the mean and biased variance of that.
+std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_conv2d(
+    const Tensor& input, const Tensor& mean, const Tensor& var, const OptionalTensor& weight,
+    const OptionalTensor& bias, double eps, const Tensor& conv_weight,
+    const OptionalTensor& conv_bias, const OptionalTensor& residual, Pair stride, Pair padding,
+    Pair dilation, int64_t groups) {
+  const Conv2dShape shape = conv2d_shape(input, conv_weight, {stride, padding, dilation, groups});
+  if (!is_direct(input, conv_weight, shape, groups)) {
+    const auto found = run_reference("preact::batch_norm_relu_conv2d", input, mean, var, weight,
+                                     bias, eps, conv_weight, conv_bias, residual, stride, padding,
+                                     dilation, groups);
+    using torch::stable::detail::to;
+    return {to<Tensor>(found[0]), to<Tensor>(found[1]), to<Tensor>(found[2])};
+  }
+  if (conv_bias) {
+    STD_TORCH_CHECK(conv_bias->dim() == 1 && conv_bias->size(0) == shape.out_channels &&
+                        conv_bias->scalar_type() == ScalarType::Float,
+                    "conv_bias must have ", shape.out_channels, " float32 elements");
+  }
+  if (residual) check_result_like(*residual, shape, "residual");
+  return direct(input, Affine<float>(input, mean, var, weight, bias, eps), conv_weight,
+                dense(conv_bias, MemoryFormat::Contiguous),
+                dense(residual, MemoryFormat::ChannelsLast), shape);
+}
+
+}  // namespace preact::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(preact, CPU, m) {
+  m.impl("batch_norm_relu_conv2d", TORCH_BOX(&preact::cpu::batch_norm_relu_conv2d));
+}

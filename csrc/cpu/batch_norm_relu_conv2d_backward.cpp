@@ -1,0 +1,111 @@
+#define PREACT_KERNELS "cpu/batch_norm_relu_conv2d_backward_kernel.h"
+#include "cpu/foreach_capability.h"
+#include "cpu/conv2d_host.h"
+
+namespace preact::cpu {
+namespace {
+
+struct Gradients {
+  Tensor grad_z, grad_weight, grad_bias, grad_conv_weight;
+};
+
+void direct(const Tensor& grad_output, const Tensor& input, const Affine<float>& affine,
+            const Tensor& conv_weight, const OptionalTensor& grad_activation,
+            const OptionalTensor& pending_input, const OptionalTensor& coefficients,
+            const Conv2dShape& shape, Gradients& found) {
+  // A chunk's sums of a large weight cost more than its blocks are worth to another thread.
+  constexpr int64_t kSmallWeight = 8192, kMostChunks = 64, kMostLargeChunks = 16;
+  DirectBackward task;
+  task.blocks = DirectBlocks::of(shape);
+  const Conv2dShape& blocks = task.blocks.shape;
+  task.staged = stage_input(blocks);
+  task.staged_grad = stage_grad_output(blocks);
+  task.gather = forward_gather(blocks, task.staged);
+  task.phases = backward_gathers(blocks, task.staged_grad);
+  const int64_t size = packed_size(blocks, blocks.taps());
+  float* weights = scratch(Slot::weights, size);
+  for (const Gather& phase : task.phases) {
+    pack_weights(data<float>(conv_weight), weight_strides(conv_weight), blocks, phase.kernel, true,
+                 weights);
+    task.weights.push_back(weights);
+    weights += packed_size(blocks, static_cast<int64_t>(phase.taps.size()));
+  }
+  task.norm = direct_norm(affine);
+  task.input = data<float>(input);
+  task.grad_output = data<float>(grad_output);
+  task.grad_activation = maybe_data(grad_activation);
+  task.pending_input = maybe_data(pending_input);
+  task.coefficients = maybe_data(coefficients);
+  task.grad_z = mutable_data<float>(found.grad_z);
+
+  const BlockChunks chunks(blocks, size <= kSmallWeight ? kMostChunks : kMostLargeChunks);
+  float* const sums = scratch(Slot::sums, chunks.count * size);
+  const int64_t channels = shape.in_channels;
+  std::vector<double> sum_dz(chunks.count * channels), sum_dz_x(chunks.count * channels);
+  const auto part = PREACT_SELECT(batch_norm_relu_conv2d_backward_part, float);
+  torch::stable::parallel_for(0, chunks.count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      part(task, chunks.begin(chunk), chunks.end(blocks, chunk), sum_dz.data() + chunk * channels,
+           sum_dz_x.data() + chunk * channels, sums + chunk * size);
+    }
+  });
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t chunk = 1; chunk < chunks.count; ++chunk) {
+      sum_dz[c] += sum_dz[chunk * channels + c];
+      sum_dz_x[c] += sum_dz_x[chunk * channels + c];
+    }
+    mutable_data<float>(found.grad_bias)[c] = static_cast<float>(sum_dz[c]);
+    mutable_data<float>(found.grad_weight)[c] =
+        static_cast<float>(sum_dz_x[c] * affine.invstd[c]);
+  }
+  unpack_weight_gradient(sums, chunks.count, weight_strides(found.grad_conv_weight), blocks,
+                         mutable_data<float>(found.grad_conv_weight));
+}
+
+}  // namespace
+
+// Masked gradient of the batch norm's result, its two sums (gradients of weight and bias), and the
+// gradient of conv_weight. grad_activation is what other users of the activation add; grad_output
+// is pending where pending_input and coefficients are given.
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_conv2d_backward(
+    const Tensor& grad_output, const Tensor& input, const Tensor& mean, const Tensor& var,
+    const OptionalTensor& weight, const OptionalTensor& bias, double eps, const Tensor& conv_weight,
+    const OptionalTensor& grad_activation, Pair stride, Pair padding, Pair dilation, int64_t groups,
+    const OptionalTensor& pending_input, const OptionalTensor& coefficients) {
+  const Conv2dShape shape =
+      conv2d_shape(input, conv_weight, {stride, padding, dilation, groups});
+  if (!is_direct(input, conv_weight, shape, groups)) {
+    const auto found = run_reference(
+        "preact::batch_norm_relu_conv2d_backward", grad_output, input, mean, var, weight, bias, eps,
+        conv_weight, grad_activation, stride, padding, dilation, groups, pending_input,
+        coefficients);
+    using torch::stable::detail::to;
+    return {to<Tensor>(found[0]), to<Tensor>(found[1]), to<Tensor>(found[2]), to<Tensor>(found[3])};
+  }
+  check_result_like(grad_output, shape, "grad_output");
+  STD_TORCH_CHECK(pending_input.has_value() == coefficients.has_value(),
+                  "pending_input and coefficients must be given together");
+  if (grad_activation) check_like(*grad_activation, input, "grad_activation");
+  if (pending_input) {
+    check_like(*pending_input, grad_output, "pending_input");
+    STD_TORCH_CHECK(coefficients->dim() == 2 && coefficients->size(0) == 4 &&
+                        coefficients->size(1) == shape.out_channels &&
+                        coefficients->scalar_type() == ScalarType::Float,
+                    "coefficients must be float32 of [4, O]");
+  }
+  Gradients found{empty_like(input, MemoryFormat::ChannelsLast), empty_vector(input),
+                  empty_vector(input), empty_like(conv_weight, memory_format_of(conv_weight))};
+  direct(preact::dense(grad_output, MemoryFormat::ChannelsLast), input,
+         Affine<float>(input, mean, var, weight, bias, eps), conv_weight,
+         dense(grad_activation, MemoryFormat::ChannelsLast),
+         dense(pending_input, MemoryFormat::ChannelsLast),
+         dense(coefficients, MemoryFormat::Contiguous), shape, found);
+  return {found.grad_z, found.grad_weight, found.grad_bias, found.grad_conv_weight};
+}
+
+}  // namespace preact::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(preact, CPU, m) {
+  m.impl("batch_norm_relu_conv2d_backward",
+         TORCH_BOX(&preact::cpu::batch_norm_relu_conv2d_backward));
+}

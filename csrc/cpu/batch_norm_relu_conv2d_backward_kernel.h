@@ -1,0 +1,134 @@
+#include "cpu/batch_norm_relu_kernel.h"
+#include "cpu/conv2d_tile.h"
+
+// The gradient of the convolution's result, as it is.
+struct GradSource {
+  const float* grad_output;
+
+  template <typename P>
+  PREACT_INLINE typename P::reg value(int64_t i, int64_t) const {
+    return P::load(grad_output + i);
+  }
+};
+
+// The same where the following norm's backward has yet to be applied:
+// scale * dz + slope * (x - centre) + offset.
+struct PendingGradSource {
+  const float* dz;
+  const float* input;
+  const float *scale, *slope, *centre, *offset;
+
+  template <typename P>
+  PREACT_INLINE typename P::reg value(int64_t i, int64_t c) const {
+    const auto centred = P::load(input + i) - P::load(centre + c);
+    return madd(P::load(scale + c), P::load(dz + i),
+                madd(P::load(slope + c), centred, P::load(offset + c)));
+  }
+};
+
+// Adds grad_activation, applies the ReLU's mask, writes dz in place, and sums dz and
+// dz * (x - mean).
+template <bool Add>
+struct MaskPass {
+  static constexpr int kMaps = Add ? 4 : 3;
+  ChannelAffine<float> affine;
+  const float* input;
+  const float* grad_activation;
+  float* grad;
+  float* sum_dz;
+  float* sum_dz_x;
+
+  template <typename P>
+  struct Regs {
+    typename ChannelAffine<float>::template Regs<P> affine;
+    typename P::reg dz, dz_x;
+  };
+  template <typename P, typename Get>
+  PREACT_INLINE Regs<P> begin(int64_t c) const {
+    return {affine.template get<P, Get>(c), P::broadcast(0), P::broadcast(0)};
+  }
+  template <typename P>
+  PREACT_INLINE void element(Regs<P>& regs, int64_t i) const {
+    const auto centred = P::load(input + i) - regs.affine.mean;
+    auto gradient = P::load(grad + i);
+    if constexpr (Add) gradient += P::load(grad_activation + i);
+    const auto dz = where_active(regs.affine.z(centred), gradient);
+    P::store(grad + i, dz);
+    regs.dz += dz;
+    regs.dz_x = madd(dz, centred, regs.dz_x);
+  }
+  template <typename P, typename Get>
+  PREACT_INLINE void end(const Regs<P>& regs, int64_t c) const {
+    Get::template add<P>(sum_dz, c, regs.dz);
+    Get::template add<P>(sum_dz_x, c, regs.dz_x);
+  }
+};
+
+// Values per channel summed in float before they join the double sums.
+constexpr int64_t kMaskRows = 512;
+
+template <bool Add>
+void mask_rows(MaskPass<Add> pass, int64_t begin, int64_t end, int64_t channels, float* sums,
+               double* sum_dz, double* sum_dz_x) {
+  pass.sum_dz = sums;
+  pass.sum_dz_x = sums + channels;
+  for (int64_t row = begin; row < end; row += kMaskRows) {
+    std::fill_n(sums, 2 * channels, 0.0f);
+    sweep_rows<float>(pass, row, std::min(row + kMaskRows, end), channels);
+    for (int64_t c = 0; c < channels; ++c) {
+      sum_dz[c] += sums[c];
+      sum_dz_x[c] += sums[channels + c];
+    }
+  }
+}
+
+// Blocks [begin, end): gradients of the input, masked, with their sums in sum_dz and sum_dz_x [C],
+// and of the weight, packed as the weights are, in grad_weight.
+template <typename T>
+void batch_norm_relu_conv2d_backward_part(const cpu::DirectBackward& task, int64_t begin,
+                                          int64_t end, double* sum_dz, double* sum_dz_x,
+                                          float* grad_weight) {
+  const Conv2dShape& s = task.blocks.shape;
+  float* const staged = cpu::staging(cpu::Slot::input, task.staged);
+  float* const staged_grad = cpu::staging(cpu::Slot::grad_output, task.staged_grad);
+  const auto weight_gradient =
+      s.stride_w == 1 ? &direct_weight_gradient<kBlock> : &direct_weight_gradient<2 * kBlock>;
+  const ChannelAffine<float> affine{task.norm.mean, task.norm.scale, task.norm.shift};
+  std::vector<float> sums(2 * s.in_channels);
+  std::fill_n(sum_dz, s.in_channels, 0.0);
+  std::fill_n(sum_dz_x, s.in_channels, 0.0);
+  std::fill_n(grad_weight, cpu::packed_size(s, s.taps()), 0.0f);
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t in_columns = task.blocks.columns(block, s.in_w);
+    const int64_t out_columns = task.blocks.columns(block, s.out_w);
+    const int64_t row = block * s.in_h * s.in_w, offset = row * s.in_channels;
+    const int64_t out_offset = block * s.out_h * s.out_w * s.out_channels;
+    stage(ActivationSource{affine, task.input + offset}, s.in_h, in_columns, task.staged, staged);
+    const float* const grad = task.grad_output + out_offset;
+    if (task.pending_input) {
+      const float* const rows = task.coefficients;
+      stage(PendingGradSource{grad, task.pending_input + out_offset, rows, rows + s.out_channels,
+                              rows + 2 * s.out_channels, rows + 3 * s.out_channels},
+            s.out_h, out_columns, task.staged_grad, staged_grad);
+    } else {
+      stage(GradSource{grad}, s.out_h, out_columns, task.staged_grad, staged_grad);
+    }
+    for (size_t i = 0; i < task.phases.size(); ++i) {
+      const Gather& phase = task.phases[i];
+      // Only whole blocks have more than one phase.
+      const int64_t columns = s.stride_w == 1 ? in_columns : phase.columns;
+      direct_map<kBlock>(phase, columns, staged_grad, task.staged_grad, task.weights[i],
+                         s.in_channels, s.in_w, nullptr, nullptr, task.grad_z + offset);
+    }
+    const int64_t last = row + s.in_h * in_columns;
+    if (task.grad_activation) {
+      mask_rows(MaskPass<true>{affine, task.input, task.grad_activation, task.grad_z, {}, {}}, row,
+                last, s.in_channels, sums.data(), sum_dz, sum_dz_x);
+    } else {
+      mask_rows(MaskPass<false>{affine, task.input, nullptr, task.grad_z, {}, {}}, row, last,
+                s.in_channels, sums.data(), sum_dz, sum_dz_x);
+    }
+    weight_gradient(task.gather, out_columns, staged, task.staged, staged_grad, task.staged_grad,
+                    grad_weight);
+  }
+}

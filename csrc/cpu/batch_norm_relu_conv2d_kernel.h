@@ -1,0 +1,26 @@
+#include "cpu/batch_norm_relu_kernel.h"
+#include "cpu/conv2d_tile.h"
+#include "cpu/statistics.h"
+
+// Blocks [begin, end): normalised into the staged map, convolved, and the statistics of each result
+// taken while it is in the cache, into mean and m2 [O].
+template <typename T>
+void batch_norm_relu_conv2d_part(const cpu::DirectForward& task, int64_t begin, int64_t end,
+                                 double* mean, double* m2) {
+  const Conv2dShape& shape = task.blocks.shape;
+  float* const staged = cpu::staging(cpu::Slot::input, task.staged);
+  const auto map = shape.stride_w == 1 ? &direct_map<kBlock> : &direct_map<2 * kBlock>;
+  const InputSource<float> result{task.output};
+  ChunkStatistics<float, InputSource<float>> statistics(result, result, shape.out_channels, mean,
+                                                        m2);
+  for (int64_t block = begin; block < end; ++block) {
+    const float* const input = task.input + block * shape.in_h * shape.in_w * shape.in_channels;
+    stage(ActivationSource{{task.norm.mean, task.norm.scale, task.norm.shift}, input}, shape.in_h,
+          task.blocks.columns(block, shape.in_w), task.staged, staged);
+    const int64_t columns = task.blocks.columns(block, shape.out_w);
+    const int64_t row = block * shape.out_h * shape.out_w, offset = row * shape.out_channels;
+    map(task.gather, columns, staged, task.staged, task.weights, shape.out_channels, shape.out_w,
+        task.bias, task.residual ? task.residual + offset : nullptr, task.output + offset);
+    statistics.rows(row, row + shape.out_h * columns);
+  }
+}

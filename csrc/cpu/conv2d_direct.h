@@ -1,0 +1,134 @@
+// How the direct convolutions lay out what they read: shared by kernels and host code.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "common/conv2d_shape.h"
+
+namespace preact::cpu {
+
+// Channels that stand side by side in staged maps and packed weights: a whole number of vectors of
+// every instruction set. Staged maps are [C / 16][rows][columns][16], packed weights
+// [O / 16][C / 16][taps][16 input channels][16 output channels], zeros where channels run out.
+constexpr int64_t kBlock = 16;
+
+inline int64_t blocks_of(int64_t channels) { return (channels + kBlock - 1) / kBlock; }
+
+// A staged map with a border of zeros wide enough for every tap that reads it.
+struct Staged {
+  int64_t channels, height, width;  // of the map itself
+  int64_t top, left;                // border before it
+  int64_t rows, columns;            // with borders
+  int64_t block_stride() const { return rows * columns * kBlock; }
+  int64_t size() const { return blocks_of(channels) * block_stride(); }
+  int64_t origin() const { return (top * columns + left) * kBlock; }
+};
+
+// Outputs (y * step, x * step) + origin of a map, each the sum over taps of what stands at
+// (y, x) * input_step + tap in a staged map. A convolution is one of these; the gradient of the
+// input of a strided one is one for each phase of the stride.
+struct Gather {
+  std::vector<int64_t> taps;     // offsets into the staged map, in floats
+  std::vector<int64_t> kernel;   // index of each in the convolution's own kernel
+  int64_t rows, columns;         // outputs
+  int64_t first_y, first_x;      // position of the first one
+  int64_t step_y, step_x;        // between outputs, in the map that is written
+  int64_t input_step_y, input_step_x;
+};
+
+// The input as the convolution reads it, and the convolution itself.
+Staged stage_input(const Conv2dShape& shape);
+Gather forward_gather(const Conv2dShape& shape, const Staged& input);
+
+// The gradient of the output as the gradient of the input reads it, and its phases.
+Staged stage_grad_output(const Conv2dShape& shape);
+std::vector<Gather> backward_gathers(const Conv2dShape& shape, const Staged& grad_output);
+
+// What is worked on at a time, staged, convolved and reduced while it is in the cache: an image, or
+// for a pointwise convolution a run of pixels. `shape` is that of the blocks, its batch their count.
+struct DirectBlocks {
+  Conv2dShape shape;
+  int64_t missing;  // pixels that the last block lacks
+
+  static DirectBlocks of(const Conv2dShape& shape);
+
+  // Columns of a block, of `width` columns in a whole one.
+  int64_t columns(int64_t block, int64_t width) const {
+    return width - (block + 1 == shape.batch ? missing : 0);
+  }
+};
+
+// Blocks are grouped into chunks by shape alone, never by thread count, and each chunk has sums of
+// its own, so that a result is the same on any number of threads.
+struct BlockChunks {
+  int64_t count, size;
+
+  BlockChunks(const Conv2dShape& shape, int64_t most)
+      : count(shape.batch < most ? shape.batch : most),
+        size((shape.batch + count - 1) / count) {
+    count = (shape.batch + size - 1) / size;
+  }
+  int64_t begin(int64_t chunk) const { return chunk * size; }
+  int64_t end(const Conv2dShape& shape, int64_t chunk) const {
+    return (chunk + 1) * size < shape.batch ? (chunk + 1) * size : shape.batch;
+  }
+};
+
+// A buffer of this thread's own, aligned to cache lines and kept from call to call. What it holds
+// is undefined.
+enum class Slot { input, grad_output, weights, sums };
+float* scratch(Slot slot, int64_t size);
+
+// The same for a staged map, with zeros wherever staging does not write.
+float* staging(Slot slot, const Staged& layout);
+
+// Strides of a weight [O, C, KH, KW] in memory.
+struct WeightStrides {
+  int64_t out, in, y, x;
+};
+
+// Packs the taps `kernel` of a weight; `transposed` swaps the roles of input and output channels.
+void pack_weights(const float* weight, const WeightStrides& strides, const Conv2dShape& shape,
+                  const std::vector<int64_t>& kernel, bool transposed, float* packed);
+// Adds up the chunks' packed gradients, in order, and writes them as the weight is laid out.
+void unpack_weight_gradient(const float* sums, int64_t chunks, const WeightStrides& strides,
+                            const Conv2dShape& shape, float* gradient);
+
+inline int64_t packed_size(const Conv2dShape& s, int64_t taps) {
+  return blocks_of(s.in_channels) * blocks_of(s.out_channels) * taps * kBlock * kBlock;
+}
+
+// Per-channel values of relu((x - mean) * scale + shift).
+struct DirectNorm {
+  const float *mean, *scale, *shift;
+};
+
+struct DirectForward {
+  DirectBlocks blocks;
+  Staged staged;
+  Gather gather;
+  DirectNorm norm;
+  const float *input, *weights, *bias, *residual;
+  float* output;
+};
+
+struct DirectBackward {
+  DirectBlocks blocks;
+  Staged staged, staged_grad;
+  Gather gather;                     // of the forward
+  std::vector<Gather> phases;        // of the gradient of the input
+  std::vector<const float*> weights; // packed for each phase
+  DirectNorm norm;
+  const float *input, *grad_output, *grad_activation;
+  const float* pending_input;       // null where grad_output is the gradient itself
+  const float* coefficients;        // [4, O]: scale, slope, centre, offset
+  float* grad_z;
+};
+
+// A stride that is 1 or 2 in both directions is what the tiles are compiled for.
+inline bool has_direct_stride(const Conv2dShape& shape) {
+  return shape.stride_h == shape.stride_w && (shape.stride_h == 1 || shape.stride_h == 2);
+}
+
+}  // namespace preact::cpu

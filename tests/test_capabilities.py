@@ -1,0 +1,29 @@
+"""The kernels for lesser processors: the tests of the ops again, with the choice lowered."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from preact.backends import available, cpu_capability
+
+SETS = ["baseline", "AVX2", "AVX512"]
+FILES = ["test_ops.py", "test_conv_ops.py", "test_direct_convolution.py"]
+
+
+@pytest.mark.skipif(available()["cpp"] != "", reason=f"no native kernels: {available()['cpp']}")
+@pytest.mark.parametrize("capability", SETS[:2])
+def test_ops_pass_with(capability):
+    if SETS.index(cpu_capability()) <= SETS.index(capability):
+        pytest.skip(f"this processor runs {cpu_capability()} anyway")
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", *(Path(__file__).parent / f for f in FILES)],
+        env=os.environ | {"PREACT_CPU_CAPABILITY": capability.lower()},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-2000:]

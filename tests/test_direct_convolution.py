@@ -1,0 +1,112 @@
+"""The CPU's own convolution with its prefix, against the formulas in float64, in every geometry."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from preact import reference
+from preact.backends import available
+
+from .tolerances import assert_as_good_as_eager, magnitude
+
+OPS = torch.ops.preact
+CHANNELS_LAST = torch.channels_last
+
+pytestmark = pytest.mark.skipif(
+    available()["cpp"] != "", reason=f"no native kernels: {available()['cpp']}"
+)
+
+# Input, output channels, kernel, stride, padding, dilation.
+CASES = [
+    ((3, 16, 8, 8), 16, (3, 3), 1, (1, 1), 1),
+    ((2, 48, 16, 14), 32, (3, 3), 1, (1, 1), 1),
+    ((2, 5, 7, 9), 3, (3, 3), 1, (1, 1), 1),
+    ((2, 17, 7, 9), 33, (3, 3), 2, (1, 1), 1),
+    ((3, 16, 9, 9), 40, (1, 1), 1, (0, 0), 1),
+    ((5, 24, 17, 13), 8, (1, 1), 1, (0, 0), 1),
+    ((2, 24, 9, 8), 16, (1, 1), 2, (0, 0), 1),
+    ((2, 16, 12, 11), 48, (3, 3), 2, (2, 2), 2),
+    ((2, 16, 6, 7), 16, (1, 3), 1, (0, 1), 1),
+    ((2, 16, 5, 5), 24, (2, 2), 1, (0, 0), 1),
+    ((2, 16, 9, 9), 16, (5, 5), 2, (3, 3), 1),
+    ((2, 70, 11, 3), 50, (3, 2), 1, (4, 0), 1),
+    ((2, 16, 4, 4), 16, (1, 1), 1, (1, 1), 1),
+    ((1, 32, 1, 2), 16, (3, 3), 2, (1, 1), 1),
+]
+
+
+def run(table, given, dtype):
+    """Every result of both ops, with everything optional given, and with nothing of it."""
+    t = {k: v.to(dtype) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    prefix = (t["x"], t["mean"], t["var"], t["weight"], t["bias"], 1e-5, t["conv_weight"])
+    geometry = t["geometry"]
+    plain = table.batch_norm_relu_conv2d(*prefix, None, None, *geometry)
+    full = table.batch_norm_relu_conv2d(*prefix, t["conv_bias"], t["residual"], *geometry)
+    backward = table.batch_norm_relu_conv2d_backward(t["grad"], *prefix, None, *geometry)
+    pending = table.batch_norm_relu_conv2d_backward(
+        t["grad"], *prefix, t["grad_activation"], *geometry, t["pending"], t["coefficients"]
+    )
+    return {
+        **{f"forward {i}": r for i, r in enumerate((*plain, *full))},
+        **{f"backward {i}": r for i, r in enumerate((*backward, *pending))},
+    }
+
+
+def strides(tensor):
+    """Those that say where an element is."""
+    return [s for s, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+
+
+@pytest.mark.parametrize("weight_format", [torch.contiguous_format, CHANNELS_LAST], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_as_near_to_float64_as_the_library(case, weight_format):
+    size, out_channels, kernel, stride, padding, dilation = case
+    x = (torch.randn(size) * 2 + 1).contiguous(memory_format=CHANNELS_LAST)
+    conv_weight = torch.randn(out_channels, size[1], *kernel)
+    geometry = ([stride] * 2, list(padding), [dilation] * 2, 1)
+    shape = reference.convolve(x, conv_weight, None, *geometry).shape
+    mean, var = reference.batch_norm_stats(x)
+    given = {
+        "x": x, "mean": mean, "var": var, "geometry": geometry,
+        "weight": torch.rand(size[1]) + 0.5, "bias": torch.rand(size[1]) + 0.5,
+        "conv_weight": conv_weight.contiguous(memory_format=weight_format),
+        "conv_bias": torch.randn(out_channels),
+        "residual": torch.randn(shape).contiguous(memory_format=CHANNELS_LAST),
+        "grad": torch.randn(shape), "grad_activation": torch.randn(size),
+        "pending": torch.randn(shape), "coefficients": torch.randn(4, out_channels),
+    }  # fmt: skip
+    # z of a random value within a rounding of zero may fall on either side in two types.
+    norm = [given[k].double() for k in ("mean", "var", "weight", "bias")]
+    z = torch.nn.functional.batch_norm(x.double(), *norm)
+    given["x"] = torch.where(z.abs() < 1e-4, x + 0.01, x).contiguous(memory_format=CHANNELS_LAST)
+    found = run(OPS, given, torch.float32)
+    eager = run(reference, given, torch.float32)
+    exact = run(reference, given, torch.float64)
+    for name, result in found.items():
+        assert strides(result) == strides(eager[name]), name
+        assert_as_good_as_eager(name, result, eager[name], exact[name], magnitude(exact[name]))
+
+
+def test_every_element_is_written(monkeypatch):
+    """Memory that held NaN before shows where nothing was written to it."""
+    x = torch.randn(4, 24, 9, 7).contiguous(memory_format=CHANNELS_LAST)
+    prefix = (x, *OPS.batch_norm_stats(x), None, None, 1e-5, torch.randn(40, 24, 3, 3))
+    geometry = ([2, 2], [1, 1], [1, 1], 1)
+    torch.use_deterministic_algorithms(True)
+    try:
+        output, *_ = OPS.batch_norm_relu_conv2d(*prefix, None, None, *geometry)
+        results = OPS.batch_norm_relu_conv2d_backward(output, *prefix, None, *geometry)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(not tensor.isnan().any() for tensor in (output, *results))
+
+
+def test_a_large_mean_does_not_cancel_in_the_statistics():
+    x = torch.randn(4, 16, 8, 8).contiguous(memory_format=CHANNELS_LAST)
+    prefix = (x, *OPS.batch_norm_stats(x), None, None, 1e-5, torch.randn(16, 16, 3, 3) * 0.1)
+    bias = torch.full((16,), 1e4)
+    output, mean, var = OPS.batch_norm_relu_conv2d(*prefix, bias, None, [1, 1], [1, 1], [1, 1], 1)
+    exact = reference.batch_norm_stats(output.double())
+    torch.testing.assert_close(mean.double(), exact[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(var.double(), exact[1], rtol=1e-4, atol=0)
