@@ -92,7 +92,7 @@ def expected(math, op, tensors, stride, dtype):
     t = {name: None if value is None else value.to(dtype) for name, value in tensors.items()}
     norm = (t["mean"], t["var"], t["weight"], t["bias"], EPS)
     if dtype != torch.float64:  # vectors keep their accumulation type
-        norm = tuple(tensors[name] for name in ("mean", "var", "weight", "bias")) + (EPS,)
+        norm = (*(tensors[name] for name in ("mean", "var", "weight", "bias")), EPS)
     x = t["input"]
     conv_weight = t["conv_weight"][:, :, None, None]
     geometry = (list(stride), [0, 0], [1, 1], 1)
