@@ -123,6 +123,9 @@ def set_architectures() -> None:
     listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout
     known = set(listed.split())
     chosen = [a for a in DEFAULT_ARCHITECTURES if f"sm_{a.replace('.', '')}" in known]
+    dropped = [a for a in DEFAULT_ARCHITECTURES if a not in chosen]
+    if chosen and dropped:
+        say(f"this nvcc does not know the architectures {', '.join(dropped)}: left out")
     chosen = chosen or list(DEFAULT_ARCHITECTURES)
     os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(chosen) + "+PTX"  # PTX for later GPUs
 
@@ -141,7 +144,8 @@ def extension(name: str) -> Extension:
     cxx = ["-O3", "-g0", "-std=c++20", "-ffp-contract=off", "-fvisibility=hidden", "-Wall"]
     cxx += ["-Wextra", *abi, *system]  # as system headers PyTorch's own give no warnings
     nvcc = ["-O3", "-std=c++20", "-DUSE_CUDA", *abi]
-    nvcc += ["-Xcompiler", "-fvisibility=hidden", "-Xcompiler", "-Wall"]
+    nvcc += ["-Xcompiler", "-fvisibility=hidden", "-Xcompiler", "-Wall", "-Xcompiler", "-Wextra"]
+    nvcc += system
     patterns = ("csrc/cuda/*.cu", "csrc/cuda/*.cpp") if cuda else ("csrc/*.cpp", "csrc/cpu/*.cpp")
     sources = sorted(
         str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern)
@@ -186,6 +190,8 @@ def finish(directory: Path) -> None:
     record = {"mode": build_mode(), "reasons": reasons}
     if "torch" in sys.modules:
         record["torch"] = sys.modules["torch"].__version__
+    if not reasons["_C_cuda"]:
+        record["architectures"] = os.environ["TORCH_CUDA_ARCH_LIST"]
     directory.mkdir(parents=True, exist_ok=True)
     (directory / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

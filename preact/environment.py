@@ -128,6 +128,8 @@ def _library(name: str, record: dict[str, Any]) -> str:
     if reason:
         return f"built, not usable: {reason}"
     with_torch = f" with PyTorch {record['torch']}" if "torch" in record else ""
+    if name == "_C_cuda" and "architectures" in record:
+        with_torch += f" for {record['architectures']}"
     return f"built{with_torch}, loaded from {path.name}"
 
 

@@ -258,6 +258,24 @@ def test_explicit_build_stops_at_what_does_not_compile(broken: Path, tmp_path: P
     assert "broken on purpose" in result.stdout + result.stderr
 
 
+@pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch is built without CUDA")
+def test_an_old_toolkit_drops_the_architectures_it_does_not_know(
+    broken: Path, tmp_path: Path
+) -> None:
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    answers = {"--version": f"release {torch.version.cuda}", "--list-gpu-code": "sm_80 sm_86 sm_90"}
+    lines = [f'[ "$1" = {asked} ] && echo "{answer}"' for asked, answer in answers.items()]
+    nvcc.write_text("\n".join(["#!/bin/sh", *lines, ""]))
+    nvcc.chmod(0o755)
+    (broken / "csrc" / "cuda" / "any.cu").write_text("")
+    variables = {"CUDA_HOME": str(tmp_path / "cuda"), "TORCH_CUDA_ARCH_LIST": ""}
+    _, result = build("build_wheel", broken, tmp_path / "out", PREACT_BUILD="cuda", **variables)
+    said = [line for line in result.stderr.splitlines() if "preact: " in line]
+    assert said[0].endswith("this nvcc does not know the architectures 8.9, 10.0, 12.0: left out")
+    assert said[1].endswith("building the C++ and CUDA kernels for 8.0;8.6;9.0+PTX")
+
+
 def check_pure_fallback(unpacked: Path, to: Path, reason: str, **variables: str) -> None:
     made, result = build("build_wheel", unpacked, to, PREACT_BUILD="auto", **variables)
     assert made is not None, result.stderr

@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "common/backward_terms.h"
 #include "common/moments.h"
 #include "common/tensors.h"
 #include "cpu/capability.h"
@@ -77,9 +78,10 @@ struct BackwardSums {
     const Tensor sum_dz = channel_vector(*grad_bias, input, "grad_bias");
     const A inverse = A(1) / static_cast<A>(count);
     for (size_t c = 0; c < slope.size(); ++c) {
-      const A share = -affine.scale[c] * inverse;
-      slope[c] = share * affine.invstd[c] * data<A>(sum_dz_x)[c];
-      offset[c] = share * data<A>(sum_dz)[c];
+      const BackwardTerms<A> terms(affine.scale[c], affine.invstd[c], data<A>(sum_dz_x)[c],
+                                   data<A>(sum_dz)[c], inverse);
+      slope[c] = terms.slope;
+      offset[c] = terms.offset;
     }
   }
 };

@@ -18,9 +18,9 @@ import torch
 from . import cpp, triton
 
 NAMES = ("reference", "cpp", "triton")
-# What the automatic choice takes, the first that can run. On a GPU the native kernels are ahead:
-# they need no compiler at run time. On a CPU Triton is an interpreter, which nobody wants unasked.
-AUTOMATIC = {"cpu": ("cpp",), "cuda": ("cpp", "triton")}
+# What the automatic choice takes, the first that can run. The GPU kernels have never run on a GPU:
+# until they have, and won there, nobody gets them unasked.
+AUTOMATIC = {"cpu": ("cpp",)}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _log = logging.getLogger("preact")
@@ -55,7 +55,9 @@ def available(device_type: str = "cpu") -> dict[str, str]:
 
 def why_eager(device_type: str) -> str:
     """Why no fused backend is chosen for a device by itself; empty where one is."""
-    reasons = [_why_not(name, device_type) for name in AUTOMATIC.get(device_type, ("cpp",))]
+    if device_type not in AUTOMATIC:
+        return f"no backend was measured on {device_type} yet; PREACT_BACKEND or use_backend ask for one"
+    reasons = [_why_not(name, device_type) for name in AUTOMATIC[device_type]]
     return "; ".join(reasons) if all(reasons) else ""
 
 

@@ -26,6 +26,7 @@ def constant_to_compile(function: Decided) -> Decided:
     return function
 
 
+OLDEST_CAPABILITY = (8, 0)
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -48,12 +49,24 @@ def load(name: str = "_C") -> str:
     return ""
 
 
+@functools.cache
+def _too_old_gpu() -> str:
+    """The CUDA kernels use instructions that older GPUs lack; empty where there is no GPU."""
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if capability < OLDEST_CAPABILITY:
+            oldest = "".join(map(str, OLDEST_CAPABILITY))
+            found = "".join(map(str, capability))
+            return f"GPU {index} is of sm_{found}, the CUDA kernels need sm_{oldest} or later"
+    return ""
+
+
 def why_not(device_type: str) -> str:
     """Empty where the native kernels serve the device, else the reason why not."""
     if device_type == "cpu":
         return load()
     if device_type == "cuda":
-        return load() or load("_C_cuda")
+        return load() or load("_C_cuda") or _too_old_gpu()
     return f"no native kernels for device type {device_type}"
 
 
