@@ -2,7 +2,8 @@
 
 Three backends share one set of op names: ``reference`` (eager PyTorch itself), ``cpp`` (the native
 extension: C++ on the CPU, CUDA on GPUs) and ``triton``. The automatic choice takes a fused backend
-where it can run and eager PyTorch elsewhere; ``use_backend`` and ``PREACT_BACKEND`` override it.
+where it has won and can run, and eager PyTorch elsewhere; ``use_backend`` and ``PREACT_BACKEND``
+override it.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def available(device_type: str = "cpu") -> dict[str, str]:
 def why_eager(device_type: str) -> str:
     """Why no fused backend is chosen for a device by itself; empty where one is."""
     if device_type not in AUTOMATIC:
-        return f"no backend was measured on {device_type} yet; PREACT_BACKEND or use_backend ask for one"
+        return f"nothing was measured on {device_type} yet; PREACT_BACKEND asks for a backend"
     reasons = [_why_not(name, device_type) for name in AUTOMATIC[device_type]]
     return "; ".join(reasons) if all(reasons) else ""
 
