@@ -88,7 +88,7 @@ def test_as_near_to_float64_as_the_library(case, weight_format):
         assert_as_good_as_eager(name, result, eager[name], exact[name], magnitude(exact[name]))
 
 
-def test_every_element_is_written(monkeypatch):
+def test_every_element_is_written():
     """Memory that held NaN before shows where nothing was written to it."""
     x = torch.randn(4, 24, 9, 7).contiguous(memory_format=CHANNELS_LAST)
     prefix = (x, *OPS.batch_norm_stats(x), None, None, 1e-5, torch.randn(40, 24, 3, 3))

@@ -1,4 +1,4 @@
-#include "cpu/batch_norm_relu_kernel.h"
+#include "cpu/batch_norm_relu_backward_reduce_kernel.h"
 #include "cpu/conv2d_tile.h"
 
 // The gradient of the convolution's result, as it is.
@@ -26,27 +26,14 @@ struct PendingGradSource {
   }
 };
 
-// Adds grad_activation, applies the ReLU's mask, writes dz in place, and sums dz and
-// dz * (x - mean).
+// The reduce pass over a gradient that lies where dz is to be: adds grad_activation, applies the
+// ReLU's mask and writes dz in place.
 template <bool Add>
-struct MaskPass {
+struct MaskPass : ReducePass<float> {
   static constexpr int kMaps = Add ? 4 : 3;
-  ChannelAffine<float> affine;
-  const float* input;
   const float* grad_activation;
   float* grad;
-  float* sum_dz;
-  float* sum_dz_x;
 
-  template <typename P>
-  struct Regs {
-    typename ChannelAffine<float>::template Regs<P> affine;
-    typename P::reg dz, dz_x;
-  };
-  template <typename P, typename Get>
-  PREACT_INLINE Regs<P> begin(int64_t c) const {
-    return {affine.template get<P, Get>(c), P::broadcast(0), P::broadcast(0)};
-  }
   template <typename P>
   PREACT_INLINE void element(Regs<P>& regs, int64_t i) const {
     const auto centred = P::load(input + i) - regs.affine.mean;
@@ -57,24 +44,16 @@ struct MaskPass {
     regs.dz += dz;
     regs.dz_x = madd(dz, centred, regs.dz_x);
   }
-  template <typename P, typename Get>
-  PREACT_INLINE void end(const Regs<P>& regs, int64_t c) const {
-    Get::template add<P>(sum_dz, c, regs.dz);
-    Get::template add<P>(sum_dz_x, c, regs.dz_x);
-  }
 };
-
-// Values per channel summed in float before they join the double sums.
-constexpr int64_t kMaskRows = 512;
 
 template <bool Add>
 void mask_rows(MaskPass<Add> pass, int64_t begin, int64_t end, int64_t channels, float* sums,
                double* sum_dz, double* sum_dz_x) {
   pass.sum_dz = sums;
   pass.sum_dz_x = sums + channels;
-  for (int64_t row = begin; row < end; row += kMaskRows) {
+  for (int64_t row = begin; row < end; row += kSumRows) {
     std::fill_n(sums, 2 * channels, 0.0f);
-    sweep_rows<float>(pass, row, std::min(row + kMaskRows, end), channels);
+    sweep_rows<float>(pass, row, std::min(row + kSumRows, end), channels);
     for (int64_t c = 0; c < channels; ++c) {
       sum_dz[c] += sums[c];
       sum_dz_x[c] += sums[channels + c];
@@ -121,12 +100,13 @@ void batch_norm_relu_conv2d_backward_part(const cpu::DirectBackward& task, int64
                          s.in_channels, s.in_w, nullptr, nullptr, task.grad_z + offset);
     }
     const int64_t last = row + s.in_h * in_columns;
+    const ReducePass<float> reduce{affine, nullptr, task.input, nullptr, nullptr};
     if (task.grad_activation) {
-      mask_rows(MaskPass<true>{affine, task.input, task.grad_activation, task.grad_z, {}, {}}, row,
-                last, s.in_channels, sums.data(), sum_dz, sum_dz_x);
-    } else {
-      mask_rows(MaskPass<false>{affine, task.input, nullptr, task.grad_z, {}, {}}, row, last,
+      mask_rows(MaskPass<true>{reduce, task.grad_activation, task.grad_z}, row, last,
                 s.in_channels, sums.data(), sum_dz, sum_dz_x);
+    } else {
+      mask_rows(MaskPass<false>{reduce, nullptr, task.grad_z}, row, last, s.in_channels,
+                sums.data(), sum_dz, sum_dz_x);
     }
     weight_gradient(task.gather, out_columns, staged, task.staged, staged_grad, task.staged_grad,
                     grad_weight);

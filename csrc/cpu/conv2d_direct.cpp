@@ -33,7 +33,7 @@ Staged stage_input(const Conv2dShape& s) {
 }
 
 Gather forward_gather(const Conv2dShape& s, const Staged& input) {
-  Gather gather{{}, {}, s.out_h, s.out_w, 0, 0, 1, 1, s.stride_h, s.stride_w};
+  Gather gather{{}, {}, s.out_h, s.out_w, 0, 0, 1, 1, s.stride_h};
   for (int64_t ky = 0; ky < s.kernel_h; ++ky) {
     for (int64_t kx = 0; kx < s.kernel_w; ++kx) {
       const int64_t y = ky * s.dilation_h - s.padding_h + input.top;
@@ -61,8 +61,7 @@ std::vector<Gather> backward_gathers(const Conv2dShape& s, const Staged& grad_ou
   for (int64_t py = 0; py < std::min(s.stride_h, s.in_h); ++py) {
     for (int64_t px = 0; px < std::min(s.stride_w, s.in_w); ++px) {
       Gather phase{{}, {}, (s.in_h - py + s.stride_h - 1) / s.stride_h,
-                   (s.in_w - px + s.stride_w - 1) / s.stride_w, py, px, s.stride_h, s.stride_w, 1,
-                   1};
+                   (s.in_w - px + s.stride_w - 1) / s.stride_w, py, px, s.stride_h, s.stride_w, 1};
       for (int64_t ky = 0; ky < s.kernel_h; ++ky) {
         const int64_t y = py + s.padding_h - ky * s.dilation_h;
         if (y - floor_div(y, s.stride_h) * s.stride_h != 0) continue;

@@ -26,7 +26,7 @@ struct Staged {
 };
 
 // Outputs (y * step, x * step) + origin of a map, each the sum over taps of what stands at
-// (y, x) * input_step + tap in a staged map. A convolution is one of these; the gradient of the
+// (y * input_step_y, x * STEP / 16) + tap in a staged map, STEP being what the tile is compiled for. A convolution is one of these; the gradient of the
 // input of a strided one is one for each phase of the stride.
 struct Gather {
   std::vector<int64_t> taps;     // offsets into the staged map, in floats
@@ -34,7 +34,7 @@ struct Gather {
   int64_t rows, columns;         // outputs
   int64_t first_y, first_x;      // position of the first one
   int64_t step_y, step_x;        // between outputs, in the map that is written
-  int64_t input_step_y, input_step_x;
+  int64_t input_step_y;
 };
 
 // The input as the convolution reads it, and the convolution itself.

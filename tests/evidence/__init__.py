@@ -1,5 +1,5 @@
 """What can be known of a Triton kernel without a GPU: its launches, its machine code, its bytes.
 
 ``launches`` records what the launchers pass, ``binaries`` compiles that ahead of time and reads the
-machine code, ``traffic`` counts bytes in the interpreter, whose arithmetic ``interpreter`` repairs.
+machine code, ``interpreter`` repairs the arithmetic of Triton's interpreter.
 """
