@@ -39,6 +39,10 @@ inline Tensor dense(const Tensor& tensor, MemoryFormat format) {
   return ready ? tensor : torch::stable::contiguous(tensor, format);
 }
 
+inline OptionalTensor dense(const OptionalTensor& tensor, MemoryFormat format) {
+  return tensor ? OptionalTensor(dense(*tensor, format)) : std::nullopt;
+}
+
 inline FeatureMap feature_map(const Tensor& input, MemoryFormat format) {
   STD_TORCH_CHECK(input.dim() >= 2, "input must have at least 2 dimensions [N, C, ...], got ",
                   input.dim());

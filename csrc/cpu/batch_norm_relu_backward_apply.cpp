@@ -18,7 +18,7 @@ Tensor batch_norm_relu_backward_apply(const Tensor& grad_output_, const Tensor& 
                   "grad_weight and grad_bias must be given together");
   const MemoryFormat format = memory_format_of(input_);
   const Tensor input = dense(input_, format), grad_output = dense(grad_output_, format);
-  const OptionalTensor skip = grad_skip ? OptionalTensor(dense(*grad_skip, format)) : std::nullopt;
+  const OptionalTensor skip = dense(grad_skip, format);
   const FeatureMap map = feature_map(input, format);
   Tensor grad_input = empty_like(input, format);
   dispatch(input.scalar_type(), [&]<typename T>() {

@@ -54,18 +54,10 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_conv2d(
     Pair dilation, int64_t groups) {
   const Conv2dShape shape = conv2d_shape(input, conv_weight, {stride, padding, dilation, groups});
   if (!is_direct(input, conv_weight, shape, groups)) {
-    const auto found = run_reference("preact::batch_norm_relu_conv2d", input, mean, var, weight,
-                                     bias, eps, conv_weight, conv_bias, residual, stride, padding,
-                                     dilation, groups);
-    using torch::stable::detail::to;
-    return {to<Tensor>(found[0]), to<Tensor>(found[1]), to<Tensor>(found[2])};
+    return run_reference<3>("preact::batch_norm_relu_conv2d", input, mean, var, weight, bias, eps,
+                            conv_weight, conv_bias, residual, stride, padding, dilation, groups);
   }
-  if (conv_bias) {
-    STD_TORCH_CHECK(conv_bias->dim() == 1 && conv_bias->size(0) == shape.out_channels &&
-                        conv_bias->scalar_type() == ScalarType::Float,
-                    "conv_bias must have ", shape.out_channels, " float32 elements");
-  }
-  if (residual) check_result_like(*residual, shape, "residual");
+  check_conv2d_forward(input, shape, conv_bias, residual);
   return direct(input, Affine<float>(input, mean, var, weight, bias, eps), conv_weight,
                 dense(conv_bias, MemoryFormat::Contiguous),
                 dense(residual, MemoryFormat::ChannelsLast), shape);

@@ -75,27 +75,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_conv2d_backward(
   const Conv2dShape shape =
       conv2d_shape(input, conv_weight, {stride, padding, dilation, groups});
   if (!is_direct(input, conv_weight, shape, groups)) {
-    const auto found = run_reference(
-        "preact::batch_norm_relu_conv2d_backward", grad_output, input, mean, var, weight, bias, eps,
-        conv_weight, grad_activation, stride, padding, dilation, groups, pending_input,
-        coefficients);
-    using torch::stable::detail::to;
-    return {to<Tensor>(found[0]), to<Tensor>(found[1]), to<Tensor>(found[2]), to<Tensor>(found[3])};
+    return run_reference<4>("preact::batch_norm_relu_conv2d_backward", grad_output, input, mean, var,
+                            weight, bias, eps, conv_weight, grad_activation, stride, padding,
+                            dilation, groups, pending_input, coefficients);
   }
-  check_result_like(grad_output, shape, "grad_output");
-  STD_TORCH_CHECK(pending_input.has_value() == coefficients.has_value(),
-                  "pending_input and coefficients must be given together");
-  if (grad_activation) check_like(*grad_activation, input, "grad_activation");
-  if (pending_input) {
-    check_like(*pending_input, grad_output, "pending_input");
-    STD_TORCH_CHECK(coefficients->dim() == 2 && coefficients->size(0) == 4 &&
-                        coefficients->size(1) == shape.out_channels &&
-                        coefficients->scalar_type() == ScalarType::Float,
-                    "coefficients must be float32 of [4, O]");
-  }
+  check_conv2d_backward(grad_output, input, shape, grad_activation, pending_input, coefficients);
   Gradients found{empty_like(input, MemoryFormat::ChannelsLast), empty_vector(input),
                   empty_vector(input), empty_like(conv_weight, memory_format_of(conv_weight))};
-  direct(preact::dense(grad_output, MemoryFormat::ChannelsLast), input,
+  direct(dense(grad_output, MemoryFormat::ChannelsLast), input,
          Affine<float>(input, mean, var, weight, bias, eps), conv_weight,
          dense(grad_activation, MemoryFormat::ChannelsLast),
          dense(pending_input, MemoryFormat::ChannelsLast),

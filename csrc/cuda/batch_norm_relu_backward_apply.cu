@@ -20,7 +20,7 @@ Tensor batch_norm_relu_backward_apply_op(const Tensor& grad_output_, const Tenso
   const FeatureMap map = feature_map(input_, format);
   Call call(input_);
   const Tensor input = dense(input_, format), grad_output = dense(grad_output_, format);
-  const OptionalTensor skip = grad_skip ? OptionalTensor(dense(*grad_skip, format)) : std::nullopt;
+  const OptionalTensor skip = dense(grad_skip, format);
   const NormVectors norm(input, mean, var, weight, bias, eps);
   const OptionalTensor sum_dz_x = NormVectors::optional_vector(grad_weight, input, "grad_weight");
   const OptionalTensor sum_dz = NormVectors::optional_vector(grad_bias, input, "grad_bias");
