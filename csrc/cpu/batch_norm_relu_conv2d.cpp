@@ -13,11 +13,20 @@ std::tuple<Tensor, Tensor, Tensor> direct(const Tensor& input, const Affine<floa
   DirectForward task;
   task.blocks = DirectBlocks::of(shape);
   const Conv2dShape& blocks = task.blocks.shape;
-  task.staged = stage_input(blocks);
-  task.gather = forward_gather(blocks, task.staged);
-  float* const weights = scratch(Slot::weights, packed_size(blocks, blocks.taps()));
-  pack_weights(data<float>(conv_weight), weight_strides(conv_weight), blocks, task.gather.kernel,
-               false, weights);
+  task.winograd = has_winograd(blocks);
+  float* weights;
+  if (task.winograd) {
+    task.staged = stage_winograd_input(blocks);
+    weights = scratch(Slot::weights, transformed_size(blocks));
+    transform_weights(data<float>(conv_weight), weight_strides(conv_weight), blocks, false,
+                      weights);
+  } else {
+    task.staged = stage_input(blocks);
+    task.gather = forward_gather(blocks, task.staged);
+    weights = scratch(Slot::weights, packed_size(blocks, blocks.taps()));
+    pack_weights(data<float>(conv_weight), weight_strides(conv_weight), blocks,
+                 task.gather.kernel, false, weights);
+  }
   Tensor output = empty_map({shape.batch, shape.out_channels, shape.out_h, shape.out_w}, input,
                             MemoryFormat::ChannelsLast);
   Tensor mean = empty_vector(output), var = empty_vector(output);

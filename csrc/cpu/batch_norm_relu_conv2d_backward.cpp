@@ -18,12 +18,20 @@ void direct(const Tensor& grad_output, const Tensor& input, const Affine<float>&
   DirectBackward task;
   task.blocks = DirectBlocks::of(shape);
   const Conv2dShape& blocks = task.blocks.shape;
-  task.staged = stage_input(blocks);
-  task.staged_grad = stage_grad_output(blocks);
-  task.gather = forward_gather(blocks, task.staged);
-  task.phases = backward_gathers(blocks, task.staged_grad);
+  task.winograd = has_winograd(blocks);
   const int64_t size = packed_size(blocks, blocks.taps());
-  float* weights = scratch(Slot::weights, size);
+  float* weights = scratch(Slot::weights, task.winograd ? transformed_size(blocks) : size);
+  if (task.winograd) {
+    task.staged = stage_winograd_input(blocks);
+    task.staged_grad = stage_winograd_grad_output(blocks);
+    transform_weights(data<float>(conv_weight), weight_strides(conv_weight), blocks, true, weights);
+    task.weights.push_back(weights);
+  } else {
+    task.staged = stage_input(blocks);
+    task.staged_grad = stage_grad_output(blocks);
+    task.gather = forward_gather(blocks, task.staged);
+    task.phases = backward_gathers(blocks, task.staged_grad);
+  }
   for (const Gather& phase : task.phases) {
     pack_weights(data<float>(conv_weight), weight_strides(conv_weight), blocks, phase.kernel, true,
                  weights);

@@ -1,5 +1,6 @@
 #include "cpu/batch_norm_relu_backward_reduce_kernel.h"
 #include "cpu/conv2d_tile.h"
+#include "cpu/conv2d_winograd_tile.h"
 
 // The gradient of the convolution's result, as it is.
 struct GradSource {
@@ -76,7 +77,11 @@ void batch_norm_relu_conv2d_backward_part(const cpu::DirectBackward& task, int64
   std::vector<float> sums(2 * s.in_channels);
   std::fill_n(sum_dz, s.in_channels, 0.0);
   std::fill_n(sum_dz_x, s.in_channels, 0.0);
-  std::fill_n(grad_weight, cpu::packed_size(s, s.taps()), 0.0f);
+  const WinogradTiles tiles = WinogradTiles::of(s.out_h, s.out_w);
+  float* const gradient =
+      task.winograd ? cpu::scratch(cpu::Slot::gradient, cpu::transformed_size(s)) : grad_weight;
+  std::fill_n(gradient, task.winograd ? cpu::transformed_size(s) : cpu::packed_size(s, s.taps()),
+              0.0f);
   for (int64_t block = begin; block < end; ++block) {
     const int64_t in_columns = task.blocks.columns(block, s.in_w);
     const int64_t out_columns = task.blocks.columns(block, s.out_w);
@@ -91,6 +96,10 @@ void batch_norm_relu_conv2d_backward_part(const cpu::DirectBackward& task, int64
             s.out_h, out_columns, task.staged_grad, staged_grad);
     } else {
       stage(GradSource{grad}, s.out_h, out_columns, task.staged_grad, staged_grad);
+    }
+    if (task.winograd) {
+      winograd_map(WinogradTiles::of(s.in_h, s.in_w), staged_grad, task.staged_grad,
+                   task.weights[0], s.in_channels, nullptr, nullptr, task.grad_z + offset);
     }
     for (size_t i = 0; i < task.phases.size(); ++i) {
       const Gather& phase = task.phases[i];
@@ -108,7 +117,12 @@ void batch_norm_relu_conv2d_backward_part(const cpu::DirectBackward& task, int64
       mask_rows(MaskPass<false>{reduce, nullptr, task.grad_z}, row, last, s.in_channels,
                 sums.data(), sum_dz, sum_dz_x);
     }
-    weight_gradient(task.gather, out_columns, staged, task.staged, staged_grad, task.staged_grad,
-                    grad_weight);
+    if (task.winograd) {
+      winograd_weight_gradient(tiles, staged, task.staged, staged_grad, task.staged_grad, gradient);
+    } else {
+      weight_gradient(task.gather, out_columns, staged, task.staged, staged_grad,
+                      task.staged_grad, gradient);
+    }
   }
+  if (task.winograd) cpu::transform_weight_gradient(gradient, s, grad_weight);
 }

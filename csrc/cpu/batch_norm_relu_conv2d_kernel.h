@@ -1,5 +1,6 @@
 #include "cpu/batch_norm_relu_kernel.h"
 #include "cpu/conv2d_tile.h"
+#include "cpu/conv2d_winograd_tile.h"
 #include "cpu/statistics.h"
 
 // Blocks [begin, end): normalised into the staged map, convolved, and the statistics of each result
@@ -19,8 +20,14 @@ void batch_norm_relu_conv2d_part(const cpu::DirectForward& task, int64_t begin, 
           task.blocks.columns(block, shape.in_w), task.staged, staged);
     const int64_t columns = task.blocks.columns(block, shape.out_w);
     const int64_t row = block * shape.out_h * shape.out_w, offset = row * shape.out_channels;
-    map(task.gather, columns, staged, task.staged, task.weights, shape.out_channels, shape.out_w,
-        task.bias, task.residual ? task.residual + offset : nullptr, task.output + offset);
+    const float* const residual = task.residual ? task.residual + offset : nullptr;
+    if (task.winograd) {
+      winograd_map(WinogradTiles::of(shape.out_h, shape.out_w), staged, task.staged, task.weights,
+                   shape.out_channels, task.bias, residual, task.output + offset);
+    } else {
+      map(task.gather, columns, staged, task.staged, task.weights, shape.out_channels, shape.out_w,
+          task.bias, residual, task.output + offset);
+    }
     statistics.rows(row, row + shape.out_h * columns);
   }
 }

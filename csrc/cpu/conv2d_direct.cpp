@@ -100,7 +100,7 @@ float* scratch(Slot slot, int64_t size) {
     std::unique_ptr<float, decltype(&std::free)> data{nullptr, &std::free};
     int64_t size = 0;
   };
-  thread_local Buffer buffers[4];
+  thread_local Buffer buffers[static_cast<int>(Slot::count)];
   Buffer& buffer = buffers[static_cast<int>(slot)];
   if (buffer.size < size) {
     constexpr size_t kLine = 64;

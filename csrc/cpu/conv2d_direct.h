@@ -77,7 +77,7 @@ struct BlockChunks {
 
 // A buffer of this thread's own, aligned to cache lines and kept from call to call. What it holds
 // is undefined.
-enum class Slot { input, grad_output, weights, sums };
+enum class Slot { input, grad_output, weights, sums, transformed, products, gradient, count };
 float* scratch(Slot slot, int64_t size);
 
 // The same for a staged map, with zeros wherever staging does not write.
@@ -111,6 +111,7 @@ struct DirectForward {
   DirectNorm norm;
   const float *input, *weights, *bias, *residual;
   float* output;
+  bool winograd;
 };
 
 struct DirectBackward {
@@ -124,6 +125,7 @@ struct DirectBackward {
   const float* pending_input;       // null where grad_output is the gradient itself
   const float* coefficients;        // [4, O]: scale, slope, centre, offset
   float* grad_z;
+  bool winograd;                     // then the weights are transformed, of one phase
 };
 
 // A stride that is 1 or 2 in both directions is what the tiles are compiled for.

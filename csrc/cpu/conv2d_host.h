@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/conv2d_arguments.h"
-#include "cpu/conv2d_direct.h"
+#include "cpu/conv2d_winograd.h"
 #include "cpu/host.h"
 
 namespace preact::cpu {

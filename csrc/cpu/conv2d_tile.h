@@ -30,12 +30,24 @@ struct TileInput {
   int64_t tap_count, blocks, block_stride;
 };
 
+// Out of line, and at that once: it would be most of every tile's code.
+inline __attribute__((noinline)) void store_channels(const float* values, const TileOutput& out,
+                                                     int64_t pixel) {
+  float* const to = out.data + pixel * out.stride;
+  const float* const residual = out.residual ? out.residual + pixel * out.stride : nullptr;
+  for (int64_t i = 0; i < out.lanes; ++i) {
+    float value = values[i];
+    if (out.bias) value += out.bias[i];
+    to[i] = residual ? value + residual[i] : value;
+  }
+}
+
 template <int VECTORS>
 PREACT_INLINE void store_pixel(const FloatVector* sums, const TileOutput& out, int64_t pixel) {
   using P = Pack<float>;
-  float* const to = out.data + pixel * out.stride;
-  const float* const residual = out.residual ? out.residual + pixel * out.stride : nullptr;
   if (out.lanes == VECTORS * P::lanes) {
+    float* const to = out.data + pixel * out.stride;
+    const float* const residual = out.residual ? out.residual + pixel * out.stride : nullptr;
 #pragma GCC unroll 2
     for (int v = 0; v < VECTORS; ++v) {
       FloatVector value = sums[v];
@@ -47,11 +59,7 @@ PREACT_INLINE void store_pixel(const FloatVector* sums, const TileOutput& out, i
   }
   float values[VECTORS * P::lanes];
   for (int v = 0; v < VECTORS; ++v) P::store(values + v * P::lanes, sums[v]);
-  for (int64_t i = 0; i < out.lanes; ++i) {
-    float value = values[i];
-    if (out.bias) value += out.bias[i];
-    to[i] = residual ? value + residual[i] : value;
-  }
+  store_channels(values, out, pixel);
 }
 
 template <int PIXELS, int VECTORS, int STEP>
@@ -81,6 +89,15 @@ __attribute__((noinline)) void direct_tile(const float* input, const TileInput& 
         }
       }
     }
+  }
+  if (out.lanes == VECTORS * P::lanes && !out.bias && !out.residual) {
+    float* to = out.data + pixel * out.stride;
+#pragma GCC unroll 16
+    for (int p = 0; p < PIXELS; ++p, to += out.stride) {
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; ++v) P::store(to + v * P::lanes, sums[p][v]);
+    }
+    return;
   }
 #pragma GCC unroll 16
   for (int p = 0; p < PIXELS; ++p) store_pixel<VECTORS>(sums[p], out, pixel + p);

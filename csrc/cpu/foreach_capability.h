@@ -12,7 +12,7 @@
 #include "common/feature_map.h"
 #include "common/moments.h"
 #include "cpu/capability.h"
-#include "cpu/conv2d_direct.h"
+#include "cpu/conv2d_winograd.h"
 #include "cpu/element.h"
 
 #if PREACT_X86

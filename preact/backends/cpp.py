@@ -71,23 +71,26 @@ def why_not(device_type: str) -> str:
 
 
 @functools.cache
-def _decide_own_convolutions() -> bool:
+def _decide_own_convolutions() -> str:
     choice = os.environ.get("PREACT_CONV", "auto")
-    if choice not in ("auto", "library"):
-        raise ValueError(f"PREACT_CONV must be auto or library, got {choice!r}")
-    return choice == "auto" and cpu_capability() in ("AVX512", "AVX2")
+    if choice not in ("auto", "direct", "library"):
+        raise ValueError(f"PREACT_CONV must be auto, direct or library, got {choice!r}")
+    return choice if cpu_capability() in ("AVX512", "AVX2") else "library"
 
 
 @constant_to_compile
-def _own_convolutions() -> bool:
-    """Whether this processor runs convolutions of our own; ``PREACT_CONV=library`` forbids them."""
+def _own_convolutions() -> str:
+    """Which convolutions of our own this processor runs: "auto" (all), "direct" or "library"."""
     return _decide_own_convolutions()
 
 
-# Weights up to which the direct convolution won against the library's between our passes, by whole
+# Weights up to which our convolution won against the library's between our passes, by whole
 # networks and single layers of ResNets and DenseNets, with AVX-512 and AVX2. Larger ones leave the
 # cache; without the statistics, which it takes almost for free, a forward gains least.
 _MOST_WEIGHTS = {"forward": 20_000, "forward with statistics": 70_000, "backward": 140_000}
+_MOST_WEIGHTS_WINOGRAD = {
+    "forward": 600_000, "forward with statistics": 600_000, "backward": 300_000
+}  # fmt: skip
 
 
 def prefers_direct(
@@ -100,14 +103,19 @@ def prefers_direct(
 
     ``work`` is "forward", "forward with statistics" or "backward".
     """
-    stride, _, _, groups = geometry
+    stride, _, dilation, groups = geometry
+    own = _own_convolutions()
+    winograd = (
+        own == "auto" and weight.shape[2:] == (3, 3) and stride == (1, 1) and dilation == (1, 1)
+    )
+    most = _MOST_WEIGHTS_WINOGRAD if winograd else _MOST_WEIGHTS
     return (
         input.dtype == weight.dtype == torch.float32
         and groups == 1
         and stride in ((1, 1), (2, 2))
         and memory_format_of(input) == torch.channels_last
-        and weight.numel() <= _MOST_WEIGHTS[work]
-        and _own_convolutions()
+        and weight.numel() <= most[work]
+        and own != "library"
     )
 
 
