@@ -8,7 +8,7 @@ import torch
 from preact import reference
 from preact.backends import available
 
-from .tolerances import assert_as_good_as_eager, magnitude
+from .tolerances import EAGER_FACTOR, assert_as_good_as_eager, distance, magnitude
 
 OPS = torch.ops.preact
 CHANNELS_LAST = torch.channels_last
@@ -88,6 +88,30 @@ def test_as_near_to_float64_as_the_library(case, weight_format):
     for name, result in found.items():
         assert strides(result) == strides(eager[name]), name
         assert_as_good_as_eager(name, result, eager[name], exact[name], magnitude(exact[name]))
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_rounds_no_worse_than_the_library_over_large_maps(kernel):
+    """In the Euclidean norm and without a floor: long sums of many pixels show here."""
+    x = torch.randn(2, 64, 56, 56).contiguous(memory_format=CHANNELS_LAST)
+    mean, var = reference.batch_norm_stats(x)
+    conv_weight = torch.randn(64, 64, kernel, kernel) / (8 * kernel)
+    grad = torch.randn_like(x)
+    geometry = ([1, 1], [kernel // 2] * 2, [1, 1], 1)
+
+    def results(table, dtype):
+        prefix = (*(t.to(dtype) for t in (x, mean, var)), None, None, 1e-5, conv_weight.to(dtype))
+        output, *_ = table.batch_norm_relu_conv2d(*prefix, None, None, *geometry)
+        backward = table.batch_norm_relu_conv2d_backward(
+            grad.to(dtype), *prefix, None, *geometry, None, None
+        )
+        return output, *backward
+
+    exact = results(reference, torch.float64)
+    names = ("output", "grad_z", "grad_weight", "grad_bias", "grad_conv_weight")
+    found, eager = results(OPS, torch.float32), results(reference, torch.float32)
+    for name, ours, theirs, true in zip(names, found, eager, exact, strict=True):
+        assert distance(ours, true) <= EAGER_FACTOR * distance(theirs, true), name
 
 
 def test_every_element_is_written():
