@@ -10,6 +10,8 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 import click
 
 from .compare import compare
+from .memory_step import memory
+from .race import race
 from .signal import signal
 from .study import study
 from .train import train
@@ -35,6 +37,8 @@ main.add_command(compare)
 main.add_command(signal)
 main.add_command(train)
 main.add_command(study)
+main.add_command(race)
+main.add_command(memory)
 
 if __name__ == "__main__":
     main(prog_name="python -m benchmarks")

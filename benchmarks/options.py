@@ -21,6 +21,11 @@ _RECIPE = (
     click.option("--batch-size", type=click.IntRange(min=2), help="Of all processes.  [128]"),
     click.option("--accumulate", type=_COUNT, help="Parts of a batch.  [1]"),
     click.option("--learning-rate", type=float, help="[0.1]"),
+    click.option(
+        "--warm-up",
+        type=click.IntRange(min=0),
+        help="Iterations at a tenth of the rate.  [400 of 64000, in proportion]",
+    ),
     click.option("--dtype", type=click.Choice(TYPES), help="bfloat16 is autocast.  [float32]"),
     click.option("--eager", is_flag=True, help="Eager PyTorch instead of the fused kernels."),
     click.option("--evaluate-every", type=_COUNT, help="Iterations.  [1000]"),

@@ -46,8 +46,10 @@ class Recipe:
         shortcut: as ``shortcut_of`` reads it.
         batch_size: of all processes together, before ``accumulate`` splits it.
         iterations: updates; the learning rate's steps keep their places in relation to it.
-        learning_rate: the full one: a tenth of it for the first 400 of 64,000 iterations, a tenth
-            from 32,000 and a hundredth from 48,000 on.
+        learning_rate: the full one: a tenth of it while warming up, a tenth from 32,000 of 64,000
+            iterations and a hundredth from 48,000 on.
+        warm_up: iterations at a tenth of the rate; None for 400 of 64,000, in relation as well.
+            A short run needs more: in proportion it would warm up for two or three.
         dtype: "bfloat16" is autocast over float32 parameters.
         accumulate: parts of a batch that go through the network one after another, each with
             statistics of its own.
@@ -67,6 +69,7 @@ class Recipe:
     learning_rate: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 1e-4
+    warm_up: int | None = None
     dtype: str = "float32"
     accumulate: int = 1
     augmented: bool = True
@@ -77,7 +80,8 @@ class Recipe:
     def rate(self, iteration: int) -> float:
         """The learning rate of one iteration."""
         done = iteration / self.iterations
-        if done < _WARM_UP or _DROPS[0] <= done < _DROPS[1]:
+        warming = done < _WARM_UP if self.warm_up is None else iteration < self.warm_up
+        if warming or _DROPS[0] <= done < _DROPS[1]:
             return self.learning_rate / 10
         return self.learning_rate / 100 if done >= _DROPS[1] else self.learning_rate
 

@@ -24,11 +24,10 @@ RESULTS = Path(__file__).parent / "results"
 
 CASES: dict[str, Shortcut] = {
     "identity": shortcuts.identity(),
-    **{f"lambda {scale:g}": shortcuts.constant_scaling(scale, 1.0) for scale in (0.9, 0.5, 1.1)},
+    **{f"lambda {scale:g}": shortcuts.constant_scaling(scale, 1.0) for scale in (0.9, 0.5, 1.1, 0)},
     "scaling 0.5, 0.5": shortcuts.constant_scaling(0.5, 0.5),
-    "exclusive gating, b=-6": shortcuts.exclusive_gating(-6),
-    "shortcut-only gating, b=0": shortcuts.shortcut_only_gating(0),
-    "shortcut-only gating, b=-6": shortcuts.shortcut_only_gating(-6),
+    **{f"exclusive gating, b={b}": shortcuts.exclusive_gating(b) for b in (0, -5, -6, -7)},
+    **{f"shortcut-only gating, b={b}": shortcuts.shortcut_only_gating(b) for b in (0, -6)},
     "1x1 convolution": shortcuts.convolution(),
     "dropout 0.5": shortcuts.dropout(0.5),
 }
@@ -63,7 +62,7 @@ def draw(results: dict[str, list[UnitSignal]], title: str, path: Path) -> None:
     ):
         for number, (name, signals) in enumerate(results.items()):
             values = [getattr(s, quantity) for s in signals]
-            style = "-" if number < 6 else "--"
+            style = "-" if number < 7 else "--"
             axes.plot([s.unit for s in signals], values, style, lw=1.4, label=name)
         axes.set_yscale("log")
         axes.set_title(label, fontsize=10)
@@ -115,7 +114,7 @@ def signal(
                 errors = (f"{stage.signal_error:.1e}", f"{stage.gradient_error:.1e}")
                 table.add_row(name, str(stage.stage), *errors)
     output.mkdir(parents=True, exist_ok=True)
-    stem = f"{'quick_' if quick else ''}signal_{unit}"
+    stem = f"{'quick_' if quick else ''}signal_{network}_{unit}"
     written = [output / f"{stem}.csv", output / f"{stem}_identities.csv", output / f"{stem}.png"]
     write_records(written[0], signals_csv)
     write_records(written[1], stages_csv)

@@ -171,7 +171,8 @@ class Trainer:
         images = images[share].to(device).contiguous(memory_format=torch.channels_last)
         return images, train.labels[chosen][share].to(device)
 
-    def _context(self) -> AbstractContextManager[object]:
+    def context(self) -> AbstractContextManager[object]:
+        """Within, the network runs as the recipe says: fused, or in eager PyTorch."""
         return preact.use_backend("reference") if self.recipe.eager else nullcontext()
 
     def step(self) -> Tensor:
@@ -240,7 +241,7 @@ class Trainer:
         path = self.folder / RESULT
         finished = path.exists()
         while not finished:
-            with self._context():
+            with self.context():
                 self.open_losses.append(self.step())
                 finished = not self._log()
             stopped = stop()

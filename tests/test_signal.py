@@ -78,9 +78,9 @@ def test_command(tmp_path):
         main, ["signal", "--quick", "--output", str(tmp_path)], catch_exceptions=False
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    rows = read_records(tmp_path / "quick_signal_full_preactivation.csv")
+    rows = read_records(tmp_path / "quick_signal_preresnet20_full_preactivation.csv")
     assert len(rows) == len(CASES) * 9
-    assert (tmp_path / "quick_signal_full_preactivation.png").stat().st_size > 0
+    assert (tmp_path / "quick_signal_preresnet20_full_preactivation.png").stat().st_size > 0
     direct = {(row["shortcut"], row["unit"]): float(row["direct"]) for row in rows}
     for name, scale in (("identity", 1.0), ("lambda 0.5", 0.5), ("lambda 1.1", 1.1)):
         assert math.isclose(direct[name, "1"], scale * direct[name, "2"], rel_tol=1e-6)

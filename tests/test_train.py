@@ -139,6 +139,10 @@ def test_the_papers_schedule():
     steps = [0, 399, 400, 31_999, 32_000, 47_999, 48_000, 63_999]
     expected = [0.01, 0.01, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
     assert [recipe.rate(step) for step in steps] == pytest.approx(expected)
+    short = Recipe("cifar10", iterations=100, warm_up=10)
+    assert [short.rate(s) for s in (0, 9, 10, 49, 50, 75)] == pytest.approx(
+        [0.01, 0.01, 0.1, 0.1, 0.01, 0.001]
+    )
 
 
 def parallel(rank: int, folder: str) -> None:
