@@ -79,7 +79,7 @@ def draw(results: dict[str, list[UnitSignal]], title: str, path: Path) -> None:
 @click.option("--batch-size", type=click.IntRange(min=2), default=8, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--eager", is_flag=True, help="Run the network in eager PyTorch.")
-@click.option("--quick", is_flag=True, help="preresnet20 with 4 images: a few seconds.")
+@click.option("--quick", is_flag=True, help="preresnet20 with 2 images: a few seconds.")
 @click.option(
     "--output", type=click.Path(file_okay=False, path_type=Path), default=RESULTS,
     help="Folder for the CSV files and the plot.  [benchmarks/results]",
@@ -97,7 +97,7 @@ def signal(
     if not hasattr(models, network):
         raise click.UsageError(f"--network {network}: preact.models has none of that name")
     if quick:
-        network, batch_size = "preresnet20", 4
+        network, batch_size = "preresnet20", 2
     table = Table(title=f"{network}, {unit}", title_justify="left")
     for heading in ("shortcut", "stage", "x_L, relative error", "gradient, relative error"):
         table.add_column(heading)
