@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -84,6 +85,17 @@ class Recipe:
         if warming or _DROPS[0] <= done < _DROPS[1]:
             return self.learning_rate / 10
         return self.learning_rate / 100 if done >= _DROPS[1] else self.learning_rate
+
+    @property
+    def schedule(self) -> str:
+        """How long and at which rates, in words."""
+        full, count = self.learning_rate, self.iterations
+        warm = sum(self.rate(i) < full for i in range(count // 2))
+        drops = " and ".join(f"{math.ceil(place * count):,}" for place in _DROPS)
+        return (
+            f"{count:,} iterations of {self.batch_size} images: rate {full / 10:g} for the first"
+            f" {warm:,}, {full:g}, divided by 10 at {drops}"
+        )
 
     def build(self, classes: int) -> PreResNet:
         """The network; its weights depend on ``seed`` alone of what is random."""

@@ -85,14 +85,16 @@ def study(
     """
     console = wide_console()
     fields = recipe_fields(options, QUICK if quick else None)
+    named = networks
     if quick and not networks:
         networks = ["preresnet20"]
     if threads is not None:
         torch.set_num_threads(threads)
     rows = STUDIES[name].in_networks(networks)
-    done = Runs(STUDIES[name].title, rows)
+    done = Runs(STUDIES[name].title, rows, Recipe(**fields).schedule)
     here = "quick_" if quick else ""
     file = f"{here}study_{name}_{fields['data']}"
+    stem = output / "_".join([file, *named])
     try:
         data = load(fields["data"], data_folder)
         with stopped_by_signals() as stop:
@@ -104,12 +106,12 @@ def study(
                         console.print("stopped; the same command goes on from here")
                         raise SystemExit(130)
                     done.add(row, seed, result, folder)
-                    _write(output / file, done, data)
+                    _write(stem, done, data)
     except (RuntimeError, ValueError) as error:
         raise click.UsageError(str(error)) from error
     console.print(table_of(done, data))
     console.print(order_told(done))
-    console.print(f"wrote {output / file}.csv, .png and _curves.csv", soft_wrap=True)
+    console.print(f"wrote {stem}.csv, .png and _curves.csv", soft_wrap=True)
 
 
 def _run(

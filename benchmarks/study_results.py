@@ -22,10 +22,11 @@ __all__ = ["Runs", "draw_curves", "order_told", "remark", "summary", "table_of"]
 
 @dataclass
 class Runs:
-    """The finished runs of a study, by row and seed."""
+    """The finished runs of a study, by row and seed; ``schedule`` is that of all."""
 
     title: str
     rows: Sequence[Row]
+    schedule: str = ""
     results: dict[tuple[str, int], Result] = field(default_factory=dict)
     folders: dict[tuple[str, int], Path] = field(default_factory=dict)
 
@@ -74,13 +75,17 @@ def _percent(error: float) -> str:
     return "fail" if error > FAIL else f"{error:.2f}"
 
 
-def remark(data: Data) -> str:
+def remark(data: Data, schedule: str) -> str:
     """Whether the two columns can be compared."""
+    trained = (
+        f"Here {schedule}. The paper: 64,000 iterations of 128 images, 0.01 for the first 400, 0.1,"
+        " divided by 10 at 32,000 and 48,000."
+    )
     if data.name.startswith("cifar"):
-        return f"Both columns are {data.title}; the paper trained for 64,000 iterations."
+        return f"Both columns are {data.title}. {trained}"
     return (
         f"The data set is another: ours is {data.title}, the paper's CIFAR-10. Its figures cannot"
-        " be reproduced with it; at most the order of the rows can be compared."
+        f" be reproduced with it; at most the order of the rows can be compared. {trained}"
     )
 
 
@@ -97,7 +102,7 @@ def summary(runs: Runs, data: Data) -> list[dict[str, Value]]:
                 "lowest_error": min(errors), "highest_error": max(errors),
                 "median_train_loss": statistics.median(r.train_loss for r in runs.of(row)),
                 "diverged": sum(result.diverged for result in runs.of(row)),
-                "remark": remark(data),
+                "remark": remark(data, runs.schedule),
             }
         )  # fmt: skip
     return records
@@ -105,7 +110,10 @@ def summary(runs: Runs, data: Data) -> list[dict[str, Value]]:
 
 def table_of(runs: Runs, data: Data) -> Table:
     table = Table(
-        title=runs.title, title_justify="left", caption=remark(data), caption_justify="left"
+        title=runs.title,
+        title_justify="left",
+        caption=remark(data, runs.schedule),
+        caption_justify="left",
     )
     for heading in ("network", "unit", "shortcut", "paper %", "here %", "lowest-highest", "seeds"):
         table.add_column(heading)

@@ -79,7 +79,11 @@ def test_the_order_of_rows_is_counted_within_a_network(tmp_path):
 
 
 def test_another_data_set_is_called_so():
-    assert "The data set is another" in remark(noise())
+    told = remark(noise(), Recipe("noise", iterations=200, batch_size=32, warm_up=20).schedule)
+    assert "The data set is another" in told
+    assert "200 iterations of 32 images: rate 0.01 for the first 20, 0.1, divided by 10" in told
+    assert "at 100 and 150. The paper: 64,000" in told
+    assert "0.01 for the first 400, 0.1, divided by 10 at 32,000" in Recipe("noise").schedule
 
 
 @pytest.fixture
