@@ -14,6 +14,7 @@ from .memory_step import memory
 from .race import race
 from .signal import signal
 from .study import study
+from .traffic import traffic
 from .train import train
 
 DEFAULT = compare
@@ -39,6 +40,7 @@ main.add_command(train)
 main.add_command(study)
 main.add_command(race)
 main.add_command(memory)
+main.add_command(traffic)
 
 if __name__ == "__main__":
     main(prog_name="python -m benchmarks")

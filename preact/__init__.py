@@ -20,6 +20,7 @@ from .modules import (
     SyncBatchNormReLU2d,
     convert_sync_batchnorm,
 )
+from .plans import use_plan
 
 __version__ = "0.1.0"
 
@@ -38,4 +39,5 @@ __all__ = [
     "ops",
     "unfuse_",
     "use_backend",
+    "use_plan",
 ]

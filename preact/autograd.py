@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, plans
 from .plans import Geometry
 from .prefix import (
     Affine,
@@ -118,15 +118,15 @@ class BatchNormReLUConv2d(torch.autograd.Function):
         geometries: tuple[Geometry, ...],
         *conv_parameters: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        table = backends.table(backend)
         norm = Affine(mean, var, weight, bias, eps, batch_stats)
         outputs, statistics, activation = prefix_convolutions(
-            table, input, norm, _convs(conv_parameters, geometries), residual, return_statistics
+            backend, input, norm, _convs(conv_parameters, geometries), residual, return_statistics
         )
         ctx.mark_non_differentiable(*statistics)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
-            input, mean, var, weight, bias, activation if save_activation else None,
+            input, mean, var, weight, bias,
+            activation if plans.keeps_activation(save_activation) else None,
             *conv_parameters,
         )  # fmt: skip
         ctx.settings = (backend, eps, batch_stats, geometries)
@@ -153,7 +153,7 @@ class BatchNormReLUConv2d(torch.autograd.Function):
             )  # fmt: skip
         conv_needs = [(needs[12 + 2 * i], needs[13 + 2 * i]) for i in range(len(geometries))]
         result = prefix_backward(
-            backends.table(backend),
+            backend,
             input,
             norm,
             conv_parameters[::2],
@@ -201,6 +201,7 @@ class ResidualUnit(torch.autograd.Function):
         eps, batch_stats, geometries, projection, save, save_activation, return_statistics = (
             settings
         )
+        save_activation = plans.keeps_activation(save_activation)
         saved: list[Tensor | None] = []
         inner: list[Tensor] = []
         x, shortcut = input, input
@@ -219,7 +220,7 @@ class ResidualUnit(torch.autograd.Function):
             follows = index < last and parameters[6 * (index + 1) + 2] is None
             adds = index == last and (index > 0 or projection is None)
             (output, *projected), known, activation = prefix_convolutions(
-                table, x, norm, _convs(conv_parameters, used), shortcut if adds else None,
+                backend, x, norm, _convs(conv_parameters, used), shortcut if adds else None,
                 return_statistics if adds else follows,
             )  # fmt: skip
             shortcut = projected[0] if projected else shortcut
@@ -257,7 +258,6 @@ class ResidualUnit(torch.autograd.Function):
             )
             return (None, found[0], None, *found[1:])
 
-        table = backends.table(backend)
         gradients: list[Tensor | None] = [None] * len(parameters)
         grad: Tensor | Pending | None = grad_output
         layer_needs = _layer_needs(ctx.needs_input_grad[1], needs, layers, projection is not None)
@@ -277,12 +277,16 @@ class ResidualUnit(torch.autograd.Function):
             if index > 0:
                 before = layer_needs[index - 1]
                 of_weight, of_bias = before.convs[0]
-                leave_pending = not of_bias and fuses_backward(
-                    saved[4 * (index - 1)], parameters[first - 2], geometries[index - 1],
-                    before.activation, of_weight,
+                below = (
+                    backend, saved[4 * (index - 1)], parameters[first - 2], geometries[index - 1],
                 )  # fmt: skip
+                leave_pending = (
+                    not of_bias
+                    and fuses_backward(*below, before.activation, of_weight)
+                    and plans.leaves_pending(*below)
+                )
             result = prefix_backward(
-                table,
+                backend,
                 x,
                 Affine(mean, var, weight, bias, eps[index], batch_stats[index]),
                 weights,

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from . import backends
+from . import backends, plans
 from ._block import BlockState, FusedBlock, Plan, become, fused_class
 from ._matching import is_norm, norm_reason
 from ._shadow import KEY, original_class
@@ -45,6 +45,8 @@ class FusionReport:
     skipped: list[ReportEntry] = field(default_factory=list)
     backend: str = ""
     """What runs the fused operations where the model is now, and why if that is eager PyTorch."""
+    plan: str = ""
+    """How convolutions are chosen there, ours or the library's, and what was chosen so far."""
 
     @property
     def counts(self) -> dict[str, int]:
@@ -61,7 +63,8 @@ class FusionReport:
             lines = [f"{state:8}{name:{width}}  {reason}" for state, name, reason in rows]
         summary = ", ".join(f"{number} {kind}" for kind, number in self.counts.items())
         lines.append(f"{len(rows)} normalisation layers: {summary}")
-        return "\n".join([*lines, f"backend: {self.backend}"])
+        lines.append(f"backend: {self.backend}")
+        return "\n".join([*lines, f"plan: {self.plan}"] if self.plan else lines)
 
 
 class _Fuser:
@@ -174,7 +177,7 @@ class _Fuser:
         return None
 
     def report(self) -> FusionReport:
-        report = FusionReport(backend=_backend(self.model))
+        report = FusionReport(backend=_backend(self.model), plan=_plan(self.model))
         for module, names in self.names.items():
             if not is_norm(module):
                 continue
@@ -192,9 +195,22 @@ def _is_own(module: nn.Module) -> bool:
     return original_class(module).__module__.startswith(("preact.modules", "preact.models."))
 
 
-def _backend(model: nn.Module) -> str:
+def _device_type(model: nn.Module) -> str:
     tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
-    device = "cpu" if tensor is None else tensor.device.type
+    return "cpu" if tensor is None else tensor.device.type
+
+
+def _plan(model: nn.Module) -> str:
+    """Empty where eager PyTorch runs."""
+    device = _device_type(model)
+    try:
+        return "" if backends.choose(device) == "reference" else plans.describe(device)
+    except RuntimeError:
+        return ""
+
+
+def _backend(model: nn.Module) -> str:
+    device = _device_type(model)
     try:
         chosen = backends.choose(device)
     except RuntimeError as error:

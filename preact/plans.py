@@ -1,19 +1,175 @@
-"""Which convolutions run fused with their prefix, and which as the library's between our passes."""
+"""Which convolutions run fused with their prefix, and which as the library's between our passes.
+
+The plans A to E are those of ``costs``. Without a forced one each convolution is decided by itself,
+forward and backward: on a CPU by written limits; on a GPU by what is faster there, measured on the
+device at the first call of a shape class, as ``cudnn.benchmark`` does, and kept as the
+configurations of ``triton_kernels.tuning`` are. Where measuring is off (``PREACT_TUNE=off``,
+deterministic algorithms, a CUDA graph being captured) the model of ``costs`` decides.
+
+``use_plan`` and ``PREACT_PLAN`` force one plan on every convolution that its kernels can serve:
+A keeps the activation for backward, B computes it again, C to E fuse the convolution.
+"""
 
 from __future__ import annotations
 
+import functools
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 from torch import Tensor
 
-from .backends import cpp
+from . import costs, trials
+from .backends import cpp, triton
+from .reference import memory_format_of
 
 Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
 """Stride, padding, dilation and groups of a convolution."""
+NAMES = ("auto", *costs.PLANS)
+_OWN = ("C", "D", "E")
+
+_log = logging.getLogger("preact")
+_forced: str | None = None
+_decided: dict[trials.Problem, tuple[bool, str]] = {}
+"""Whether our convolution runs, and by what that was decided."""
 
 
-def fuses_convolution(input: Tensor, weight: Tensor, geometry: Geometry, work: str) -> bool:
+def _checked(name: str, what: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{what} must be one of {', '.join(NAMES)}, got {name!r}")
+    return name
+
+
+@contextmanager
+def use_plan(name: str) -> Iterator[None]:
+    """Run every unit inside the block by one plan: "A" to "E", or "auto".
+
+    The setting is the process's, not the thread's, and holds for backward passes that run inside
+    the block. An unknown name raises ``ValueError``.
+    """
+    global _forced
+    before = _forced
+    _forced = _checked(name, "plan")
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@cpp.constant_to_compile
+def _current(forced: str | None) -> str:
+    return forced or _checked(os.environ.get("PREACT_PLAN", "").strip() or "auto", "PREACT_PLAN")
+
+
+def current() -> str:
+    """The plan asked for, or "auto"."""
+    return _current(_forced)
+
+
+def keeps_activation(asked: bool) -> bool:
+    """Whether an activation that is written is kept for backward; ``asked`` by the caller."""
+    plan = current()
+    return asked if plan == "auto" else plan == "A"
+
+
+def adds_in_epilogue() -> bool:
+    """Whether a fused convolution takes the addition as well."""
+    return current() != "C"
+
+
+def fuses_convolution(
+    backend: str, input: Tensor, weight: Tensor, geometry: Geometry, work: str
+) -> bool:
     """Whether ``weight`` convolves the BN-ReLU of ``input`` in a kernel of our own.
 
     ``work`` is "forward", "forward with statistics" of the result, or "backward"; each is chosen by
     itself, as none needs what another leaves.
     """
-    return input.device.type == "cpu" and cpp.prefers_direct(input, weight, geometry, work)
+    if backend == "cpp":
+        if input.device.type != "cpu":
+            return False
+        plan = current()
+        return plan not in ("A", "B") and cpp.prefers_direct(input, weight, geometry, work)
+    if input.dtype not in triton.DTYPES or weight.dtype != input.dtype:
+        return False
+    plan = current()
+    return plan in _OWN if plan != "auto" else _decide(*_problem(input, weight, geometry, work))
+
+
+def leaves_pending(backend: str, input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Whether the norm behind a convolution leaves its gradient to the convolution's backward.
+
+    ``input`` and ``weight`` are the convolution's, whose backward is fused.
+    """
+    plan = current()
+    if plan != "auto" or backend == "cpp":
+        return plan not in ("C", "D")
+    return _decide(*_problem(input, weight, geometry, "pending"))
+
+
+def _problem(input: Tensor, weight: Tensor, geometry: Geometry, work: str) -> trials.Problem:
+    return trials.Problem(
+        work, tuple(input.shape), tuple(weight.shape), *geometry, str(input.dtype)[6:],
+        memory_format_of(input) == torch.channels_last, input.device.type, input.device.index,
+    )  # fmt: skip
+
+
+# Arguments are plain numbers, so that torch.compile decides as an uncompiled call does.
+@cpp.constant_to_compile
+def _decide(*parts: object) -> bool:
+    problem = trials.Problem(*parts)  # type: ignore[arg-type]
+    known = _decided.get(problem)
+    if known is not None:
+        return known[0]
+    preferred = _by_model(problem)
+    own, measured = trials.fastest(problem, preferred)
+    # A choice without measuring is forgotten on a GPU, where the next call may measure.
+    if measured or problem.device_type != "cuda":
+        _decided[problem] = (own, "measured" if measured else "by the cost model")
+        _log.info("%s: %s", problem, describe_choice(problem))
+    return own
+
+
+@functools.lru_cache(maxsize=4096)
+def _by_model(problem: trials.Problem) -> bool:
+    """Whether our convolution is the faster one, or for "pending" whether leaving it is."""
+    gpu = costs.nearest_gpu(trials.capability(problem))
+    layer = costs.layer(
+        problem.input_shape, problem.weight_shape, problem.stride, problem.padding, problem.dilation
+    )
+    if problem.work == "pending":
+        own = costs.own_backward(layer, pending=True)
+        # What is saved is a pass over the result: reads dz and x, writes dx.
+        other = [*costs.own_backward(layer), costs.apply(layer.output)]
+    elif problem.work == "backward":
+        own, other = costs.own_backward(layer), costs.library_backward(layer)
+    else:
+        own = costs.own_forward(layer)
+        other = costs.library_forward(layer, statistics=problem.work != "forward")
+    itemsize = 4 if problem.dtype == "float32" else 2
+    tf32 = bool(torch.backends.cudnn.allow_tf32)
+    return costs.predicted(own, gpu, itemsize, tf32) <= costs.predicted(other, gpu, itemsize, tf32)
+
+
+def describe_choice(problem: trials.Problem) -> str:
+    own, how = _decided[problem]
+    if problem.work == "pending":
+        return f"{'E' if own else 'D'}, {how}"
+    return f"{'our convolution' if own else 'the library'}, {how}"
+
+
+def describe(device_type: str) -> str:
+    """The plan on a device, and every choice made there so far, a line each."""
+    plan = current()
+    if plan != "auto":
+        return f"{plan}, forced"
+    if device_type == "cpu":
+        first = "auto: by written limits on a CPU"
+    elif os.environ.get("PREACT_TUNE", "auto") == "off":
+        first = "auto: by the cost model, as PREACT_TUNE=off"
+    else:
+        first = "auto: measured at the first call of each shape"
+    made = [problem for problem in _decided if problem.device_type == device_type]
+    return "\n".join([first, *(f"  {problem}: {describe_choice(problem)}" for problem in made)])

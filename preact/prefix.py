@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import plans
+from . import backends, plans
 from .plans import Geometry
 
 
@@ -88,7 +88,7 @@ class PrefixGradients(NamedTuple):
 
 
 def prefix_convolutions(
-    table: Any,
+    backend: str,
     input: Tensor,
     norm: Affine,
     convs: Sequence[tuple[Tensor, Tensor | None, Geometry]],
@@ -100,6 +100,7 @@ def prefix_convolutions(
     Returns the results, mean and variance of the first with ``statistics``, and the activation,
     None where every convolution was fused and it was never written.
     """
+    table = backends.table(backend)
     activation: Tensor | None = None
     outputs: list[Tensor] = []
     found: tuple[Tensor, ...] = ()
@@ -107,21 +108,23 @@ def prefix_convolutions(
     for index, (weight, bias, geometry) in enumerate(convs):
         added = residual if index == 0 else None
         work = "forward with statistics" if norm.batch_stats else "forward"
-        if plans.fuses_convolution(input, weight, geometry, work):
+        found_here: list[Tensor] = []
+        if plans.fuses_convolution(backend, input, weight, geometry, work):
+            inside = added if plans.adds_in_epilogue() else None
             output, *found_here = table.batch_norm_relu_conv2d(
-                input, *vectors, norm.eps, weight, bias, added, *geometry
+                input, *vectors, norm.eps, weight, bias, inside, *geometry
             )
+            added = None if inside is not None else added
         else:
             if activation is None:
                 activation = activate(table, input, norm, weight.dtype)
             output = convolve(activation, weight, bias, geometry)
-            found_here = []
-            if added is not None and statistics:
-                output, *found_here = table.identity_add(output, added)
-            elif added is not None:
-                output = output + added
-            elif index == 0 and statistics:
+            if added is None and index == 0 and statistics:
                 found_here = list(table.batch_norm_stats(output))
+        if added is not None and statistics:
+            output, *found_here = table.identity_add(output, added)
+        elif added is not None:
+            output = output + added
         if index == 0 and statistics:
             found = tuple(found_here)
         outputs.append(output)
@@ -129,7 +132,7 @@ def prefix_convolutions(
 
 
 def prefix_backward(
-    table: Any,
+    backend: str,
     input: Tensor,
     norm: Affine,
     weights: Sequence[Tensor],
@@ -147,6 +150,7 @@ def prefix_backward(
     save. Fused ones come after them and take what they found on the way. With ``leave_pending``
     the gradient of ``input`` is returned ``Pending`` where it can be.
     """
+    table = backends.table(backend)
     vectors = (norm.mean, norm.var, norm.weight, norm.bias)
     reduce = needs.norm or (needs.input and norm.batch_stats)
     wants_input = needs.activation
@@ -160,7 +164,7 @@ def prefix_backward(
         wants_weight, wants_bias = needs.convs[index]
         if grad is None or not (wants_input or wants_weight or wants_bias):
             continue
-        if fuses_backward(input, weight, geometry, wants_input, wants_weight):
+        if fuses_backward(backend, input, weight, geometry, wants_input, wants_weight):
             fused.append(index)
             continue
         assert isinstance(grad, Tensor)
@@ -216,13 +220,18 @@ def prefix_backward(
 
 
 def fuses_backward(
-    input: Tensor, weight: Tensor, geometry: Geometry, wants_input: bool, wants_weight: bool
+    backend: str,
+    input: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    wants_input: bool,
+    wants_weight: bool,
 ) -> bool:
     """Whether the backward of a convolution runs fused: it gives both gradients, or none."""
     return (
         wants_input
         and wants_weight
-        and plans.fuses_convolution(input, weight, geometry, "backward")
+        and plans.fuses_convolution(backend, input, weight, geometry, "backward")
     )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -19,3 +22,35 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
+    """A GPU that finds the last configuration the fastest; the sizes of what it measured."""
+    pytest.importorskip("triton")
+    from preact.triton_kernels import device as devices
+    from preact.triton_kernels import tuning
+
+    asked: list[int] = []
+
+    def measure(runs: list[Callable[[], object]]) -> list[float]:
+        for run in runs:
+            run()
+        asked.append(len(runs))
+        return [1.0 / (1 + index) for index in range(len(runs))]
+
+    class Guard:
+        def __init__(self, device: torch.device) -> None: ...
+
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *_: object) -> None: ...
+
+    monkeypatch.setenv("PREACT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("PREACT_TUNE", raising=False)
+    monkeypatch.setattr(tuning, "measure", measure)
+    monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(devices, "_of_gpu", lambda index: devices.Properties("A GPU/x", 90, 132))
+    return asked

@@ -16,10 +16,11 @@ from preact.backends import cpp
 PACKAGE = Path(preact.__file__).parent
 # Lower layers first: a module may import its own layer and those before it.
 LAYERS = [
-    {"reference"},
+    {"reference", "costs"},
     {"triton_kernels"},
     {"ops"},
     {"backends"},
+    {"trials"},
     {"plans"},
     {"prefix"},
     {"autograd"},

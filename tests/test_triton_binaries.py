@@ -1,117 +1,98 @@
-"""Every streaming kernel and configuration, compiled for every architecture: what the code is."""
+"""Every kernel on every architecture, every configuration, every type: what the code is.
+
+A covering part of ``python -m tests.evidence.matrix``, whose whole table is committed as
+``benchmarks/results/binaries.csv``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import csv
+from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from preact.triton_kernels.batch_norm_relu import batch_norm_relu
-from preact.triton_kernels.batch_norm_relu_backward_apply import batch_norm_relu_backward_apply
-from preact.triton_kernels.batch_norm_relu_backward_reduce import batch_norm_relu_backward_reduce
 from preact.triton_kernels.batch_norm_stats import batch_norm_stats
-from preact.triton_kernels.identity_add import identity_add
 
-from .evidence import interpreter
-from .evidence.binaries import ARCHITECTURES, Binary, assert_sound, compile_launch
-from .evidence.launches import Launch, meta, record
+from .evidence import calls, interpreter
+from .evidence.binaries import ARCHITECTURES, SHARED_LIMIT, assert_widest, compile_launch
+from .evidence.launches import record
+from .evidence.matrix import Case, check, every_case
 
 pytestmark = pytest.mark.skipif(
     interpreter.ACTIVE, reason="TRITON_INTERPRET=1 leaves nothing to compile"
 )
 
-# The second is 14 pixels wide: 196 is divisible by 4 alone, and 8 bytes a thread is all it allows.
-SHAPE, NARROW = (32, 64, 56, 56), (32, 96, 14, 14)
+TABLE = Path(__file__).parent.parent / "benchmarks" / "results" / "binaries.csv"
+STREAMING = list(calls.streaming(calls.SHAPE, torch.float32, True))
+CONVOLUTION = list(calls.convolution(calls.WIDE[0], torch.float32))
 
 
-def calls(
-    shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool
-) -> dict[str, Callable[[], Any]]:
-    x = meta(*shape, dtype=dtype, channels_last=channels_last)
-    vector = torch.empty(shape[1], device="meta")
-    norm = (vector,) * 4
-    return {
-        "batch_norm_stats": lambda: batch_norm_stats(x),
-        "identity_add": lambda: identity_add(x, x),
-        "batch_norm_relu": lambda: batch_norm_relu(x, *norm, 1e-5),
-        "batch_norm_relu_backward_reduce": lambda: batch_norm_relu_backward_reduce(
-            x, x, *norm, 1e-5
-        ),
-        "batch_norm_relu_backward_apply": lambda: batch_norm_relu_backward_apply(
-            x, x, *norm, vector, vector, x, 1e-5
-        ),
-    }
+def covering() -> list[Case]:
+    """Each op with each architecture and each type, the layouts and convolutions in turn."""
+    turn = list(zip(ARCHITECTURES, [torch.bfloat16, torch.float16, torch.float32] * 2, strict=True))
+    found = [
+        Case(arch, op, (index + shift) % 2 == 0, dtype)
+        for shift, op in enumerate(STREAMING)
+        for index, (arch, dtype) in enumerate(turn)
+    ]
+    for shift, op in enumerate(CONVOLUTION):
+        for index, (arch, dtype) in enumerate(turn):
+            case = calls.WIDE[(index + shift) % 2]
+            found.append(Case(arch, op, case, dtype))
+    return found
 
 
-OPS = list(calls(SHAPE, torch.float32, True))
-MAPS = {
-    "input_ptr",
-    "other_ptr",
-    "output_ptr",
-    "grad_output_ptr",
-    "grad_skip_ptr",
-    "grad_input_ptr",
-}
+@pytest.mark.parametrize("case", covering(), ids=str)
+def test_every_configuration(case: Case) -> None:
+    """Sound, with wide accesses or tensor cores; the merging kernels once for each architecture."""
+    seen = set()
+    for launch in case.launches():
+        small = "BLOCK_R" not in launch.bound() and "BLOCK_M" not in launch.bound()
+        if small and (launch.name in seen or case.op not in ("batch_norm_stats", "weight")):
+            continue
+        seen.add(launch.name)
+        check(case, launch)
 
 
-def assert_widest(binary: Binary, launch: Launch, width: int) -> None:
-    """Maps move in accesses of ``width`` bytes; narrower ones are of per-channel vectors."""
-    values = launch.bound()
-    maps = [name for name in MAPS if values.get(name) is not None]
-    stored = [name for name in maps if name in ("output_ptr", "grad_input_ptr")]
-    threads = 32 * binary.num_warps
-    # A tile of one map takes this many accesses of a thread.
-    tile = values["BLOCK_R"] * values["BLOCK_C"] * values["input_ptr"].element_size()
-    once = -(-tile // (threads * width))
-    accesses = binary.global_accesses
-    found = f"{binary.name} for sm_{binary.arch}: {dict(accesses)}, {once} a tile and map"
-    assert accesses["LDG", width] >= once * (len(maps) - len(stored)), found
-    narrow = {(kind, size): n for (kind, size), n in accesses.items() if size < width}
-    if stored:
-        assert accesses["STG", width] >= once, found
-    vectors = 2 * values["BLOCK_R"] if not values["CHANNELS_LAST"] else 8
-    assert sum(n for (kind, _), n in narrow.items() if kind == "STG") <= 2, found
-    assert sum(n for (kind, _), n in narrow.items() if kind == "LDG") <= 6 * vectors, found
-    # The first value of a map, which its statistics are relative to, is read alone.
-    assert sum(n for (_, size), n in narrow.items() if size < 4) <= 2, found
+@pytest.mark.parametrize("case", calls.NARROWER, ids=str)
+@pytest.mark.parametrize("arch", [80, 90])
+def test_the_written_default_of_narrow_layers(arch: int, case: calls.Convolution) -> None:
+    for op in ("forward", "input", "weight"):
+        of = Case(arch, op, case, torch.bfloat16)
+        check(of, of.launches()[0])
 
 
-def check(launches: list[Launch], arch: int) -> None:
-    """Everything about the kernels of one call; the merging ones, which are small, just once."""
-    for launch in launches:
-        if "BLOCK_R" in launch.bound():
-            binary = compile_launch(launch, arch)
-            assert_sound(binary, launch)
-            assert_widest(binary, launch, 16)
-        elif arch in (80, 120):
-            assert_sound(compile_launch(launch, arch), launch)
+def test_the_covering_part_leaves_nothing_out() -> None:
+    cases = covering()
+    for op in STREAMING + CONVOLUTION:
+        own = [case for case in cases if case.op == op]
+        assert {case.arch for case in own} == set(ARCHITECTURES)
+        assert {case.dtype for case in own} == {torch.float32, torch.bfloat16, torch.float16}
+        assert len({case.of for case in own}) == 2, "both layouts, or both kernel sizes"
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_every_configuration(arch: int, op: str) -> None:
-    check(record(calls(SHAPE, torch.bfloat16, True)[op], every_configuration=True), arch)
+def test_the_committed_table_holds_every_case_and_no_spill() -> None:
+    with TABLE.open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    found = {(int(row["arch"]), row["maps"], row["dtype"]) for row in rows}
+    for case in every_case():
+        maps = case.of
+        if isinstance(maps, bool):
+            maps = "channels_last" if maps else "contiguous"
+        assert (case.arch, str(maps), str(case.dtype).removeprefix("torch.")) in found
+    for row in rows:
+        assert row["local_bytes"] == "0", row
+        assert int(row["shared_bytes"]) <= SHARED_LIMIT[int(row["arch"])] * 1024, row
+        if "conv2d" in row["kernel"] and row["product"] != "ieee":
+            assert float(row["instructions_per_tensor_core"]) > 0, row
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize(
-    ("dtype", "channels_last", "arch"),
-    [(torch.float32, True, 90), (torch.float32, False, 89), (torch.float16, False, 100)],
-    ids=str,
-)
-def test_other_types_and_layouts(
-    dtype: torch.dtype, channels_last: bool, arch: int, op: str
-) -> None:
-    check(record(calls(SHAPE, dtype, channels_last)[op]), arch)
-
-
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", STREAMING)
 def test_images_whose_size_divides_by_four(op: str) -> None:
-    launch = record(calls(NARROW, torch.float16, False)[op])[0]
+    launch = record(calls.streaming(calls.NARROW, torch.float16, False)[op])[0]
     assert_widest(compile_launch(launch, 90), launch, 8)
 
 

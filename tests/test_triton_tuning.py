@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +11,6 @@ import torch
 
 pytest.importorskip("triton")
 
-from preact.triton_kernels import device as devices
 from preact.triton_kernels import tuning
 
 
@@ -23,34 +21,6 @@ class Config(NamedTuple):
 
 CONFIGS = (Config(64, 4), Config(128, 4), Config(256, 8))
 GPU = torch.device("cuda", 0)
-
-
-@pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
-    """A GPU that finds the last configuration the fastest; the sizes of what it measured."""
-    asked: list[int] = []
-
-    def measure(runs: list[Callable[[], object]]) -> list[float]:
-        for run in runs:
-            run()
-        asked.append(len(runs))
-        return [1.0 / (1 + index) for index in range(len(runs))]
-
-    class Guard:
-        def __init__(self, device: torch.device) -> None: ...
-
-        def __enter__(self) -> None: ...
-
-        def __exit__(self, *_: object) -> None: ...
-
-    monkeypatch.setenv("PREACT_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.delenv("PREACT_TUNE", raising=False)
-    monkeypatch.setattr(tuning, "measure", measure)
-    monkeypatch.setattr(tuning, "_chosen", {})
-    monkeypatch.setattr(torch.cuda, "device", Guard)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(devices, "_of_gpu", lambda index: devices.Properties("A GPU/x", 90, 132))
-    return asked
 
 
 def select(ran: list[Config] | None = None, device: torch.device = GPU) -> Config:

@@ -151,6 +151,12 @@ def sizes(
 WARP_GROUP = (90, 100, 103)
 """Compute capabilities whose matrix instructions take operands from shared memory."""
 
+TENSOR_MEMORY = (100, 103)
+"""Compute capabilities whose matrix instructions leave the result in memory of its own."""
+
+LITTLE_SHARED = (86, 89, 120)
+"""Compute capabilities with 99 KiB of shared memory for a block: no room for a third stage."""
+
 MOST_ROW_DILATION = 4
 """A tile of 128 rows loses twice the dilation of them to its neighbours."""
 
@@ -176,9 +182,12 @@ def product_configs(
         block_n, block_k = min(block_n, 64), min(block_k, 32)
         if precision == "ieee":
             return (Config(64, min(block_n, 32), 16, 4, 2),)
+    stages = 2 if capability in LITTLE_SHARED else 3
+    # Where the result lies in tensor memory, more warps have more registers for the prologue.
+    few = 8 if capability in TENSOR_MEMORY else 4
     each_tap = (
-        Config(128, block_n, block_k, 8, 3),
-        Config(64, block_n, block_k, 4, 3),
+        Config(128, block_n, block_k, few if block_n <= 32 else 8, stages),
+        Config(64, block_n, block_k, few, stages),
     )
     if not by_rows:
         return each_tap

@@ -19,6 +19,7 @@ from ._conv2d_rows import batch_norm_relu_conv2d_backward_weight_rows_kernel
 from ._maps import check_vectors
 from ._partials import TILES, merge_sums
 from ._prologue import (
+    LITTLE_SHARED,
     WARP_GROUP,
     Config,
     Sizes,
@@ -154,15 +155,17 @@ def configs(
         if precision == "ieee":
             return (Config(min(block_m, 32), min(block_n, 32), 16, 4, 2),)
     narrow = min(block_n, 64)
+    stages = 2 if capability in LITTLE_SHARED else 3
     each_tap = (
-        Config(block_m, block_n, block_k, 4 if block_m * block_n <= 4096 else 8, 3),
-        Config(min(block_m, 64), narrow, block_k, 4, 3),
+        Config(block_m, block_n, block_k, 4 if block_m * block_n <= 4096 else 8, stages),
+        Config(min(block_m, 64), narrow, block_k, 4, stages),
     )
     if not by_rows:
         return each_tap
     if capability in WARP_GROUP:
         return (Config(block_m, narrow, block_k, 8, 2, row_taps=3), *each_tap)
-    return (Config(min(block_m, 64), narrow, 32, 8, 2, row_taps=3), *each_tap)
+    block_k = 16 if dtype == torch.float32 else 32
+    return (Config(min(block_m, 64), narrow, block_k, 8, 2, row_taps=3), *each_tap)
 
 
 def batch_norm_relu_conv2d_backward_weight(

@@ -107,6 +107,15 @@ def measure(runs: Sequence[Callable[[], object]]) -> list[float]:
     return [statistics.median(a.elapsed_time(b) for a, b in sample) for sample in samples]
 
 
+def is_known(op: str, key: str, device: torch.device) -> bool:
+    """Whether ``select`` has a measured choice for this shape class, of this process or a file."""
+    return _place(op, key, device) in _chosen
+
+
+def _place(op: str, key: str, device: torch.device) -> tuple[int, str, str]:
+    return (-1 if device.index is None else device.index, op, key)
+
+
 def select(
     op: str,
     key: str,
@@ -120,7 +129,7 @@ def select(
     """
     if len(configs) == 1 or device.type != "cuda":
         return configs[0]
-    place = (-1 if device.index is None else device.index, op, key)
+    place = _place(op, key, device)
     known = _chosen.get(place)
     for config in configs:
         if config == known:

@@ -48,6 +48,10 @@ class Loop:
         return sum(bool(TENSOR_CORE.match(i.name)) for i in self.instructions)
 
     @property
+    def tensor_core_names(self) -> set[str]:
+        return {i.name for i in self.instructions if TENSOR_CORE.match(i.name)}
+
+    @property
     def per_tensor_core(self) -> float:
         """Instructions issued for each matrix instruction, that one included."""
         return len(self.instructions) / self.tensor_core if self.tensor_core else float("inf")
@@ -180,3 +184,35 @@ def assert_sound(binary: Binary, launch: Launch) -> None:
     assert binary.spills == 0, where
     assert binary.shared <= SHARED_LIMIT[binary.arch] * 1024, f"{binary.shared} bytes in {where}"
     assert all(0 < n <= m for n, m in zip(launch.grid, GRID_LIMIT, strict=False)), launch.grid
+
+
+MAPS = {
+    "input_ptr",
+    "other_ptr",
+    "output_ptr",
+    "grad_output_ptr",
+    "grad_skip_ptr",
+    "grad_input_ptr",
+}
+
+
+def assert_widest(binary: Binary, launch: Launch, width: int) -> None:
+    """Maps move in accesses of ``width`` bytes; narrower ones are of per-channel vectors."""
+    values = launch.bound()
+    maps = [name for name in MAPS if values.get(name) is not None]
+    stored = [name for name in maps if name in ("output_ptr", "grad_input_ptr")]
+    threads = 32 * binary.num_warps
+    # A tile of one map takes this many accesses of a thread.
+    tile = values["BLOCK_R"] * values["BLOCK_C"] * values["input_ptr"].element_size()
+    once = -(-tile // (threads * width))
+    accesses = binary.global_accesses
+    found = f"{binary.name} for sm_{binary.arch}: {dict(accesses)}, {once} a tile and map"
+    assert accesses["LDG", width] >= once * (len(maps) - len(stored)), found
+    narrow = {(kind, size): n for (kind, size), n in accesses.items() if size < width}
+    if stored:
+        assert accesses["STG", width] >= once, found
+    vectors = 2 * values["BLOCK_R"] if not values["CHANNELS_LAST"] else 8
+    assert sum(n for (kind, _), n in narrow.items() if kind == "STG") <= 2, found
+    assert sum(n for (kind, _), n in narrow.items() if kind == "LDG") <= 6 * vectors, found
+    # The first value of a map, which its statistics are relative to, is read alone.
+    assert sum(n for (_, size), n in narrow.items() if size < 4) <= 2, found

@@ -1,0 +1,134 @@
+"""Every kernel and every shipped configuration for every architecture, as one table.
+
+    python -m tests.evidence.matrix [FILE]
+
+compiles them all, checks each and writes a line for each; some twenty minutes of one processor.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from . import calls
+from .binaries import ARCHITECTURES, Binary, assert_sound, assert_widest, compile_launch
+from .launches import Launch, record
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+class Case(NamedTuple):
+    """One call with one architecture."""
+
+    arch: int
+    op: str
+    of: calls.Convolution | bool
+    """The convolution, or whether a streaming op's maps are channels_last."""
+    dtype: torch.dtype
+    precision: str = "tf32"
+
+    def launches(self) -> list[Launch]:
+        """One for each kernel and configuration."""
+        if isinstance(self.of, bool):
+            found = calls.streaming(calls.SHAPE, self.dtype, self.of)
+        else:
+            found = calls.convolution(self.of, self.dtype)
+        with calls.launched_for(self.arch, self.precision):
+            return record(found[self.op], every_configuration=True)
+
+
+def every_case() -> Iterator[Case]:
+    convolutions = [
+        *((case, torch.bfloat16, "tf32") for case in calls.ALL_CONVOLUTIONS),
+        *((case, torch.float16, "tf32") for case in calls.WIDE),
+        *itertools.product(calls.WIDE, [torch.float32], ["tf32", "ieee"]),
+    ]
+    for arch in ARCHITECTURES:
+        for dtype, layout in itertools.product((torch.float32, *HALF), (True, False)):
+            for op in calls.streaming(calls.SHAPE, dtype, layout):
+                yield Case(arch, op, layout, dtype)
+        for case, dtype, precision in convolutions:
+            for op in calls.convolution(case, dtype):
+                yield Case(arch, op, case, dtype, precision)
+
+
+def check(case: Case, launch: Launch) -> Binary:
+    """Compiled, with everything that must hold of it."""
+    binary = compile_launch(launch, case.arch)
+    assert_sound(binary, launch)
+    if "BLOCK_R" in launch.bound():
+        assert_widest(binary, launch, 16)
+    if "BLOCK_M" in launch.bound() and case.precision != "ieee":
+        assert binary.main_loop.tensor_core, "the main loop multiplies without tensor cores"
+    return binary
+
+
+def row(case: Case, launch: Launch, binary: Binary) -> dict[str, object]:
+    bound = launch.bound()
+    blocks = "x".join(str(v) for k, v in bound.items() if k.startswith(("BLOCK", "TILES")))
+    maps = case.of
+    if isinstance(maps, bool):
+        maps = "channels_last" if maps else "contiguous"
+    is_product = "BLOCK_M" in bound and case.precision != "ieee"
+    loop = binary.main_loop if is_product else None
+    return {
+        "arch": case.arch,
+        "kernel": binary.name.removesuffix("_kernel"),
+        "maps": maps,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "product": case.precision if "BLOCK_M" in bound and not is_product else "",
+        "block": blocks,
+        "warps": binary.num_warps,
+        "stages": launch.options().get("num_stages", ""),
+        "registers": binary.registers,
+        "local_bytes": binary.stack,
+        "shared_bytes": binary.shared,
+        "loop_instructions": len(loop.instructions) if loop else "",
+        "loop_tensor_core": loop.tensor_core if loop else "",
+        "instructions_per_tensor_core": f"{loop.per_tensor_core:.1f}" if loop else "",
+        "tensor_core_instruction": _names(loop.tensor_core_names) if loop else "",
+        "accesses": " ".join(
+            f"{kind}.{8 * width}:{n}" for (kind, width), n in sorted(binary.global_accesses.items())
+        ),
+    }  # fmt: skip
+
+
+def _names(names: set[str]) -> str:
+    return " ".join(sorted(names))
+
+
+def main(file: str) -> int:
+    """Writes the table; the number of cases that failed a check."""
+    failed = 0
+    done: set[str] = set()
+    with Path(file).open("w", newline="", encoding="utf-8") as stream:
+        writer = None
+        for case in every_case():
+            for launch in case.launches():
+                try:
+                    binary = check(case, launch)
+                except AssertionError as error:
+                    failed += 1
+                    print(f"{case}: {error}", flush=True)
+                    binary = compile_launch(launch, case.arch)
+                line = row(case, launch, binary)
+                if str(line) in done:  # the merging kernels, which many ops share
+                    continue
+                done.add(str(line))
+                if writer is None:
+                    writer = csv.DictWriter(stream, list(line), lineterminator="\n")
+                    writer.writeheader()
+                writer.writerow(line)
+                stream.flush()
+    print(f"{len(done)} binaries, {failed} failed a check")
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(bool(main(sys.argv[1] if len(sys.argv) > 1 else "benchmarks/results/binaries.csv")))
