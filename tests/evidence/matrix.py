@@ -1,6 +1,6 @@
 """Every kernel and every shipped configuration for every architecture, as one table.
 
-    python -m tests.evidence.matrix [FILE]
+    python -m tests.evidence.matrix [FILE [ARCHITECTURE...]]
 
 compiles them all, checks each and writes a line for each; some twenty minutes of one processor.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,13 +43,13 @@ class Case(NamedTuple):
             return record(found[self.op], every_configuration=True)
 
 
-def every_case() -> Iterator[Case]:
+def every_case(architectures: Sequence[int] = ARCHITECTURES) -> Iterator[Case]:
     convolutions = [
         *((case, torch.bfloat16, "tf32") for case in calls.ALL_CONVOLUTIONS),
         *((case, torch.float16, "tf32") for case in calls.WIDE),
         *itertools.product(calls.WIDE, [torch.float32], ["tf32", "ieee"]),
     ]
-    for arch in ARCHITECTURES:
+    for arch in architectures:
         for dtype, layout in itertools.product((torch.float32, *HALF), (True, False)):
             for op in calls.streaming(calls.SHAPE, dtype, layout):
                 yield Case(arch, op, layout, dtype)
@@ -103,14 +103,26 @@ def _names(names: set[str]) -> str:
     return " ".join(sorted(names))
 
 
-def main(file: str) -> int:
+def _source(launch: Launch) -> str:
+    """What one binary is made of, for the merging kernels, which many ops share."""
+    types = [(k, getattr(v, "dtype", v)) for k, v in launch.bound().items() if k[-4:] == "_ptr"]
+    blocks = [(k, v) for k, v in launch.bound().items() if k.isupper()]
+    return f"{launch.name} {types} {blocks} {launch.options()}"
+
+
+def main(file: str, architectures: Sequence[int] = ARCHITECTURES) -> int:
     """Writes the table; the number of cases that failed a check."""
     failed = 0
     done: set[str] = set()
+    merging: set[tuple[int, str]] = set()
     with Path(file).open("w", newline="", encoding="utf-8") as stream:
         writer = None
-        for case in every_case():
+        for case in every_case(architectures):
             for launch in case.launches():
+                source = (case.arch, _source(launch))
+                if launch.name.startswith("merge") and source in merging:
+                    continue
+                merging.add(source)
                 try:
                     binary = check(case, launch)
                 except AssertionError as error:
@@ -118,7 +130,7 @@ def main(file: str) -> int:
                     print(f"{case}: {error}", flush=True)
                     binary = compile_launch(launch, case.arch)
                 line = row(case, launch, binary)
-                if str(line) in done:  # the merging kernels, which many ops share
+                if str(line) in done:
                     continue
                 done.add(str(line))
                 if writer is None:
@@ -131,4 +143,5 @@ def main(file: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(bool(main(sys.argv[1] if len(sys.argv) > 1 else "benchmarks/results/binaries.csv")))
+    named = sys.argv[1] if len(sys.argv) > 1 else "benchmarks/results/binaries.csv"
+    sys.exit(bool(main(named, tuple(map(int, sys.argv[2:])) or ARCHITECTURES)))
