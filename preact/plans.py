@@ -88,10 +88,11 @@ def fuses_convolution(
     itself, as none needs what another leaves.
     """
     if backend == "cpp":
-        if input.device.type != "cpu":
+        if current() in ("A", "B"):
             return False
-        plan = current()
-        return plan not in ("A", "B") and cpp.prefers_direct(input, weight, geometry, work)
+        if input.device.type == "cuda":
+            return cpp.serves_pointwise(input, weight, geometry)
+        return input.device.type == "cpu" and cpp.prefers_direct(input, weight, geometry, work)
     if input.dtype not in triton.DTYPES or weight.dtype != input.dtype:
         return False
     plan = current()

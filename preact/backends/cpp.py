@@ -75,13 +75,24 @@ def _decide_own_convolutions() -> str:
     choice = os.environ.get("PREACT_CONV", "auto")
     if choice not in ("auto", "direct", "library"):
         raise ValueError(f"PREACT_CONV must be auto, direct or library, got {choice!r}")
-    return choice if cpu_capability() in ("AVX512", "AVX2") else "library"
+    return choice
+
+
+@functools.cache
+def _decide_on_this_processor() -> str:
+    return _decide_own_convolutions() if cpu_capability() in ("AVX512", "AVX2") else "library"
 
 
 @constant_to_compile
 def _own_convolutions() -> str:
     """Which convolutions of our own this processor runs: "auto" (all), "direct" or "library"."""
-    return _decide_own_convolutions()
+    return _decide_on_this_processor()
+
+
+@constant_to_compile
+def _allows_own_convolutions() -> bool:
+    """``PREACT_CONV=library`` forbids them, on every device."""
+    return _decide_own_convolutions() != "library"
 
 
 # Weights up to which our convolution won against the library's between our passes, by whole
@@ -116,6 +127,33 @@ def prefers_direct(
         and memory_format_of(input) == torch.channels_last
         and weight.numel() <= most[work]
         and own != "library"
+    )
+
+
+# Channels for which one block of the CUDA kernels has shared memory on every GPU served.
+_MOST_POINTWISE_CHANNELS = 2048
+_POINTWISE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def serves_pointwise(
+    input: Tensor,
+    weight: Tensor,
+    geometry: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int],
+) -> bool:
+    """Whether the CUDA matrix product runs a 1x1 convolution with its BN-ReLU.
+
+    That it can is the whole rule so far: no GPU has timed it against the library's convolution.
+    """
+    _, padding, _, groups = geometry
+    return (
+        input.dtype == weight.dtype
+        and input.dtype in _POINTWISE_DTYPES
+        and groups == 1
+        and tuple(weight.shape[2:]) == (1, 1)
+        and padding == (0, 0)
+        and max(weight.size(0), weight.size(1)) <= _MOST_POINTWISE_CHANNELS
+        and memory_format_of(input) == torch.channels_last
+        and _allows_own_convolutions()
     )
 
 
