@@ -7,6 +7,7 @@
 - ``cpu``: C++; ``cuda``: C++ and CUDA. The build fails where the choice cannot be met.
 - ``none``: pure Python.
 
+``PREACT_WARNINGS=error`` stops at the first warning of a compiler, for those who work on preact.
 ``TORCH_CUDA_ARCH_LIST``, ``MAX_JOBS``, ``CUDA_HOME`` and ``CXX`` have their usual meaning.
 """
 
@@ -59,6 +60,13 @@ def build_mode() -> str:
     if mode not in ("auto", "cpu", "cuda", "none"):
         raise SystemExit(f"preact: PREACT_BUILD must be auto, cpu, cuda or none, got {mode!r}")
     return mode
+
+
+def warnings_stop() -> bool:
+    setting = os.environ.get("PREACT_WARNINGS", "")
+    if setting not in ("", "error"):
+        raise SystemExit(f"preact: PREACT_WARNINGS must be error or nothing, got {setting!r}")
+    return setting == "error"
 
 
 def why_no_cpp() -> str:
@@ -146,6 +154,9 @@ def extension(name: str) -> Extension:
     nvcc = ["-O3", "-std=c++20", "-DUSE_CUDA", *abi]
     nvcc += ["-Xcompiler", "-fvisibility=hidden", "-Xcompiler", "-Wall", "-Xcompiler", "-Wextra"]
     nvcc += system
+    if warnings_stop():
+        cxx += ["-Werror"]
+        nvcc += ["-Werror", "all-warnings", "-Xcompiler", "-Werror"]
     patterns = ("csrc/cuda/*.cu", "csrc/cuda/*.cpp") if cuda else ("csrc/*.cpp", "csrc/cpu/*.cpp")
     sources = sorted(
         str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern)
@@ -232,7 +243,7 @@ def native_build() -> type[build_ext]:
                 try:
                     super().build_extensions()
                 except Exception as error:  # compilers fail in many ways; none may stop pip
-                    if build_mode() != "auto":
+                    if build_mode() != "auto" or warnings_stop():
                         raise
                     self._give_up([e.name.rpartition(".")[2] for e in every[len(built) :]], error)
                     break

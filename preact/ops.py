@@ -168,3 +168,13 @@ def define(
 
 
 _library = define("preact", lambda name: getattr(reference, name), _PARTLY_NATIVE)
+
+
+def _allows_tf32() -> bool:
+    cudnn: Any = torch.backends.cudnn  # whose annotations lack conv
+    return bool(cudnn.conv.fp32_precision == "tf32")
+
+
+# The CUDA kernels ask, at each call: PyTorch's stable ABI does not tell.
+_library.define("allows_tf32() -> bool")
+_library.impl("allows_tf32", _allows_tf32, "CompositeExplicitAutograd")

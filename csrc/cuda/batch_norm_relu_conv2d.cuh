@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       },
       [&](int step, unsigned char* a, unsigned char*) {
         const float* const at = vectors + step * kBlockK<T>;
-        activate_tile<TileA, T>(a, rows_a, at, at + size, at + 2 * size);
+        activate_tile<TileA, T>(a, at, at + size, at + 2 * size);
       });
 
   const int limit = p.rows - first_row < kBlockM ? p.rows - first_row : kBlockM;
@@ -98,11 +98,10 @@ __global__ void __launch_bounds__(kThreads, 2)
         }
         if (row >= limit || count <= 0) return;
         const int64_t offset = static_cast<int64_t>(first_row + row) * p.out_channels + c;
-        const bool vector = p.vector && count == 8;
         for (int e = 0; e < 8; ++e) values[e] += bias[e];
         if (p.residual != nullptr) {
           float residual[8];
-          load_eight(residual, p.residual + offset, count, vector);
+          load_eight(residual, p.residual + offset, count, p.vector);
           for (int e = 0; e < 8; ++e) values[e] += residual[e];
         }
         T rounded[8];
@@ -111,14 +110,14 @@ __global__ void __launch_bounds__(kThreads, 2)
           rounded[e] = from_float<T>(values[e]);
           moments.add(e, to_float(rounded[e]), pass == 0);
         }
-        store_eight(p.output + offset, rounded, count, vector);
+        store_eight(p.output + offset, rounded, count, p.vector);
       },
       [&](int slab) {
         const int c = first_column + slab;
         const int left = p.out_channels - c;
         const int64_t at = static_cast<int64_t>(tile_m) * p.out_channels + c;
         moments.finish(reinterpret_cast<float*>(shared + kSlabBytes), limit, p.tile_means + at,
-                       p.tile_m2s + at, left < kSlabColumns ? left : kSlabColumns);
+                       p.tile_m2s + at, left);
         moments.start();
       });
 }

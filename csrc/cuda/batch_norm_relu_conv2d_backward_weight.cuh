@@ -3,12 +3,14 @@
 
 #include "common/feature_map.h"
 #include "cuda/gemm.cuh"
+#include "cuda/pending.cuh"
 
 namespace preact::cuda {
 
 template <typename T>
 struct Conv2dBackwardWeight {
   Matrix<T> grad_output;  // [rows, O]
+  Pending<T> pending;
   Matrix<T> input;        // [pixels, C], read through `map`
   RowMap map;
   Norm<float> norm;  // of C channels
@@ -30,11 +32,13 @@ struct Splits {
   }
 };
 
-template <typename Math, int kBlockN>
+template <typename Math, int kBlockN, bool kPending>
 struct Conv2dBackwardWeightKernel {
-  using Product = Gemm<Math, kBlockN, true, true>;
+  using Product = Gemm<Math, kBlockN, true, true, kPending>;
   static constexpr int kVectorsAt = Product::kSharedBytes;
-  static constexpr int kSharedBytes = kVectorsAt + 3 * 4 * kBlockN;
+  static constexpr int kCoefficientsAt = kVectorsAt + 3 * 4 * kBlockN;
+  static constexpr int kSharedBytes =
+      kCoefficientsAt + (kPending ? kCoefficients * 4 * kBlockM : 0);
 
   static int64_t tiles(int out_channels, int channels) {
     return ceil_div(out_channels, kBlockM) * ceil_div(channels, kBlockN);
@@ -44,10 +48,10 @@ struct Conv2dBackwardWeightKernel {
   }
 };
 
-template <typename Math, int kBlockN>
+template <typename Math, int kBlockN, bool kPending>
 __global__ void __launch_bounds__(kThreads, 2)
     batch_norm_relu_conv2d_backward_weight_kernel(const Conv2dBackwardWeight<typename Math::T> p) {
-  using Kernel = Conv2dBackwardWeightKernel<Math, kBlockN>;
+  using Kernel = Conv2dBackwardWeightKernel<Math, kBlockN, kPending>;
   using Product = typename Kernel::Product;
   using TileA = typename Product::TileA;
   using TileB = typename Product::TileB;
@@ -66,6 +70,10 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   float* const vectors = reinterpret_cast<float*>(shared + Kernel::kVectorsAt);
   load_affine(vectors, p.norm, first_column, kBlockN, channels);
+  [[maybe_unused]] float* const coefficients = reinterpret_cast<float*>(shared + Kernel::kCoefficientsAt);
+  if constexpr (kPending) {
+    load_coefficients(coefficients, p.pending.coefficients, first_row, kBlockM, out_channels);
+  }
   __syncthreads();
 
   float sums[kWarpM / 16][Product::kTilesN][4] = {};
@@ -84,16 +92,24 @@ __global__ void __launch_bounds__(kThreads, 2)
           rows_b[pass] = p.map(k + TileB::own_row(pass), end);
         }
         copy_tile<TileA>(a, p.grad_output, rows_a, first_row, out_channels);
+        if constexpr (kPending) {
+          copy_tile<TileA>(a + Product::kPendingAt, p.pending.input, rows_a, first_row,
+                           out_channels);
+        }
         copy_tile<TileB>(b, p.input, rows_b, first_column, channels);
       },
-      [&](int step, unsigned char*, unsigned char* b) {
-        const int k = begin + step * kBlockK<T>;
-        int rows_b[TileB::kPasses];
+      [&]([[maybe_unused]] int step, [[maybe_unused]] unsigned char* a, unsigned char* b) {
+        if constexpr (kPending) {
+          int rows_a[TileA::kPasses];  // whether they exist, not which they are
 #pragma unroll
-        for (int pass = 0; pass < TileB::kPasses; ++pass) {
-          rows_b[pass] = k + TileB::own_row(pass) < end ? 0 : -1;  // whether, not which
+          for (int pass = 0; pass < TileA::kPasses; ++pass) {
+            const int row = begin + step * kBlockK<T> + TileA::own_row(pass);
+            rows_a[pass] = row < end ? 0 : -1;
+          }
+          complete_tile<TileA, T>(a, a + Product::kPendingAt, rows_a, coefficients, kBlockM);
         }
-        activate_tile<TileB, T>(b, rows_b, vectors, vectors + kBlockN, vectors + 2 * kBlockN);
+        // Rows that do not exist are zero in A.
+        activate_tile<TileB, T>(b, vectors, vectors + kBlockN, vectors + 2 * kBlockN);
       });
 
   float* const partial = p.partial + static_cast<int64_t>(split) * out_channels * channels;
@@ -105,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         const int count = channels - c < 8 ? channels - c : 8;
         if (o >= out_channels || count <= 0) return;
         store_eight(partial + static_cast<int64_t>(o) * channels + c, values, count,
-                    vector && count == 8);
+                    vector);
       },
       [](int) {});
 }
@@ -134,16 +150,16 @@ __global__ void sum_splits_kernel(const float* partial, int64_t splits, int lane
   }
 }
 
-template <typename Math, int kBlockN>
+template <typename Math, int kBlockN, bool kPending>
 void launch_conv2d_backward_weight(const Conv2dBackwardWeight<typename Math::T>& p,
                                    typename Math::T* grad_weight, Stream stream) {
-  using Kernel = Conv2dBackwardWeightKernel<Math, kBlockN>;
+  using Kernel = Conv2dBackwardWeightKernel<Math, kBlockN, kPending>;
   const int out_channels = p.grad_output.columns, channels = p.input.columns;
   const int64_t splits = ceil_div(p.rows, p.rows_per_split);
   const int64_t tiles = Kernel::tiles(out_channels, channels);
   const int64_t elements = static_cast<int64_t>(out_channels) * channels;
   launch("batch_norm_relu_conv2d_backward_weight",
-         batch_norm_relu_conv2d_backward_weight_kernel<Math, kBlockN>,
+         batch_norm_relu_conv2d_backward_weight_kernel<Math, kBlockN, kPending>,
          dim3(static_cast<unsigned>(tiles * splits)), dim3(kThreads), Kernel::kSharedBytes, stream,
          p);
   int lanes = 1;

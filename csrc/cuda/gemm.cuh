@@ -36,7 +36,6 @@ struct RowMap {
       if (h % stride_h != 0 || w % stride_w != 0) return -1;
       h /= stride_h;
       w /= stride_w;
-      if (h >= other_height || w >= other_width) return -1;
     } else {
       h *= stride_h;
       w *= stride_w;
@@ -64,7 +63,8 @@ __device__ inline void load_affine(float* vectors, const Norm<float>& norm, int 
   }
 }
 
-template <typename Math_, int kBlockN_, bool kStridedA, bool kStridedB>
+// kPending: a stage has room for a second tile of A's shape, behind those of A and B.
+template <typename Math_, int kBlockN_, bool kStridedA, bool kStridedB, bool kPending_ = false>
 struct Gemm {
   using Math = Math_;
   using T = typename Math::T;
@@ -72,7 +72,9 @@ struct Gemm {
   static constexpr int kTilesN = kBlockN / kWarpsN / 8;
   using TileA = Tile<T, kBlockM, kStridedA>;
   using TileB = Tile<T, kBlockN, kStridedB>;
-  static constexpr int kStageBytes = TileA::kBytes + TileB::kBytes;
+  static constexpr bool kPending = kPending_;
+  static constexpr int kPendingAt = TileA::kBytes + TileB::kBytes;  // from a stage's start
+  static constexpr int kStageBytes = kPendingAt + (kPending ? TileA::kBytes : 0);
   static constexpr int kSharedBytes =
       kStages * kStageBytes > kSlabBytes ? kStages * kStageBytes : kSlabBytes;
 

@@ -88,7 +88,7 @@ __device__ inline void copy_tile(unsigned char* tile, const Matrix<T>& matrix,
     unsigned char* const target = tile + Tile::offset(Tile::own_row(pass), Tile::own_chunk());
     const bool valid = rows[pass] >= 0 && column < last;
     const int64_t offset = static_cast<int64_t>(rows[pass]) * matrix.columns + column;
-    const T* const source = matrix.data + (valid ? offset : 0);
+    const T* const source = matrix.data + offset;  // where not `valid`, nothing reads it
     if (matrix.vector) {
       cp_async_16(target, source, valid);
     } else {
@@ -101,11 +101,12 @@ __device__ inline void copy_tile(unsigned char* tile, const Matrix<T>& matrix,
   }
 }
 
-// Applies BN and ReLU to the thread's own chunks, which need no barrier to be read: `vectors` are
-// the affine vectors of the tile's first column on. Rows that do not exist stay zero.
+// Applies BN and ReLU to the thread's own chunks, which need no barrier to be read: the vectors are
+// those of the tile's first column on. Rows that do not exist come out as the ReLU of the shift:
+// they must meet zeros, or give results that nobody keeps.
 template <typename Tile, typename T>
-__device__ inline void activate_tile(unsigned char* tile, const int (&rows)[Tile::kPasses],
-                                     const float* mean, const float* scale, const float* bias) {
+__device__ inline void activate_tile(unsigned char* tile, const float* mean, const float* scale,
+                                     const float* bias) {
   const int first = Tile::own_chunk() * kVector<T>;
   float m[kVector<T>], s[kVector<T>], b[kVector<T>];
 #pragma unroll
@@ -116,7 +117,6 @@ __device__ inline void activate_tile(unsigned char* tile, const int (&rows)[Tile
   }
 #pragma unroll
   for (int pass = 0; pass < Tile::kPasses; ++pass) {
-    if (rows[pass] < 0) continue;
     unsigned char* const chunk = tile + Tile::offset(Tile::own_row(pass), Tile::own_chunk());
     T values[kVector<T>];
     load_vector(values, chunk);

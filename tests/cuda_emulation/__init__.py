@@ -31,7 +31,7 @@ WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 
 def why_not() -> str:
     """Empty where kernels can be emulated, else the reason why not."""
-    if platform.system() != "Linux" or platform.machine() not in ("x86_64", "aarch64"):
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
         return f"the emulation has no fibres for {platform.system()} on {platform.machine()}"
     return "" if shutil.which(compiler()) else f"no C++ compiler found ({compiler()})"
 

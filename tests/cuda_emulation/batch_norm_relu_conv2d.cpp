@@ -44,49 +44,68 @@ Matrix<T> matrix(harness::Case& c, const char* name, int columns, int64_t offset
   return {c.input<T>(name, offset), columns, columns % kVector<T> == 0 && offset == 0};
 }
 
+template <typename T>
+Pending<T> pending_of(harness::Case& c, const Sizes& s) {
+  return {matrix<T>(c, "pending_input", s.out_channels, s.offset), c.input<float>("coefficients")};
+}
+
 template <typename Math, int kBlockN>
-void run(harness::Case& c) {
+[[maybe_unused]] void forward(harness::Case& c) {
   using T = typename Math::T;
   const Sizes s(c);
+  const Conv2dForward<T> p{
+      matrix<T>(c, "input", s.channels, s.offset), matrix<T>(c, "conv_weight", s.channels, 0),
+      s.gather(), norm_of(c), c.input<T>("conv_bias"), c.input<T>("residual"),
+      c.output<T>("output", int64_t{s.out_rows} * s.out_channels), s.out_rows, s.out_channels,
+      s.out_channels % 8 == 0, c.workspace<float>(s.tiles_out * s.out_channels),
+      c.workspace<float>(s.tiles_out * s.out_channels)};
+  launch_conv2d_forward<Math, kBlockN>(p, c.output<float>("out_mean", s.out_channels),
+                                       c.output<float>("out_var", s.out_channels), {});
+}
+
+template <typename Math, int kBlockN, bool kPending>
+[[maybe_unused]] void backward_input(harness::Case& c) {
+  using T = typename Math::T;
+  const Sizes s(c);
+  const Conv2dBackwardInput<T> p{
+      matrix<T>(c, "grad_output", s.out_channels, s.offset), pending_of<T>(c, s),
+      matrix<T>(c, "conv_weight", s.channels, 0), s.scatter(), norm_of(c), c.input<T>("input"),
+      c.input<T>("grad_activation"), c.output<T>("grad_z", s.in_rows * s.channels), s.in_rows,
+      s.channels, s.channels % 8 == 0, c.workspace<float>(s.tiles_in * s.channels),
+      c.workspace<float>(s.tiles_in * s.channels)};
+  launch_conv2d_backward_input<Math, kBlockN, kPending>(
+      p, c.output<float>("grad_weight", s.channels), c.output<float>("grad_bias", s.channels), {});
+}
+
+template <typename Math, int kBlockN, bool kPending>
+[[maybe_unused]] void backward_weight(harness::Case& c) {
+  using T = typename Math::T;
+  using Kernel = Conv2dBackwardWeightKernel<Math, kBlockN, kPending>;
+  const Sizes s(c);
+  const Splits splits = Kernel::splits(s.out_rows, s.out_channels, s.channels);
+  const Conv2dBackwardWeight<T> p{
+      matrix<T>(c, "grad_output", s.out_channels, s.offset), pending_of<T>(c, s),
+      matrix<T>(c, "input", s.channels, s.offset), s.gather(), norm_of(c), s.out_rows,
+      splits.rows, c.workspace<float>(splits.count * s.out_channels * s.channels)};
+  launch_conv2d_backward_weight<Math, kBlockN, kPending>(
+      p, c.output<T>("grad_conv_weight", s.out_channels * s.channels), {});
+}
+
+// As the host code chooses: a pending gradient has tiles of 64 columns.
+template <typename Math, int kBlockN>
+void run(harness::Case& c) {
   const std::string op = c.text("op");
-  [[maybe_unused]] const Matrix<T> weight = matrix<T>(c, "conv_weight", s.channels, 0);
+  [[maybe_unused]] const bool pending = c.integer("pending") != 0;
 #if !defined(ONLY_BACKWARD_INPUT) && !defined(ONLY_BACKWARD_WEIGHT)
-  if (op == "forward") {
-    const Conv2dForward<T> p{matrix<T>(c, "input", s.channels, s.offset), weight, s.gather(),
-                             norm_of(c), c.input<T>("conv_bias"), c.input<T>("residual"),
-                             c.output<T>("output", int64_t{s.out_rows} * s.out_channels), s.out_rows,
-                             s.out_channels, s.out_channels % 8 == 0,
-                             c.workspace<float>(s.tiles_out * s.out_channels),
-                             c.workspace<float>(s.tiles_out * s.out_channels)};
-    launch_conv2d_forward<Math, kBlockN>(p, c.output<float>("out_mean", s.out_channels),
-                                         c.output<float>("out_var", s.out_channels), {});
-    return;
-  }
+  if (op == "forward") return forward<Math, kBlockN>(c);
 #endif
 #if !defined(ONLY_FORWARD) && !defined(ONLY_BACKWARD_WEIGHT)
-  if (op == "backward_input") {
-    const Conv2dBackwardInput<T> p{
-        matrix<T>(c, "grad_output", s.out_channels, s.offset), weight, s.scatter(), norm_of(c),
-        c.input<T>("input"), c.output<T>("grad_z", s.in_rows * s.channels), s.in_rows, s.channels,
-        s.channels % 8 == 0, c.workspace<float>(s.tiles_in * s.channels),
-        c.workspace<float>(s.tiles_in * s.channels)};
-    launch_conv2d_backward_input<Math, kBlockN>(p, c.output<float>("grad_weight", s.channels),
-                                                c.output<float>("grad_bias", s.channels), {});
-    return;
-  }
+  if (op == "backward_input" && pending) return backward_input<Math, 64, true>(c);
+  if (op == "backward_input") return backward_input<Math, kBlockN, false>(c);
 #endif
 #if !defined(ONLY_FORWARD) && !defined(ONLY_BACKWARD_INPUT)
-  if (op == "backward_weight") {
-    using Kernel = Conv2dBackwardWeightKernel<Math, kBlockN>;
-    const Splits splits = Kernel::splits(s.out_rows, s.out_channels, s.channels);
-    const Conv2dBackwardWeight<T> p{
-        matrix<T>(c, "grad_output", s.out_channels, s.offset),
-        matrix<T>(c, "input", s.channels, s.offset), s.gather(), norm_of(c), s.out_rows,
-        splits.rows, c.workspace<float>(splits.count * s.out_channels * s.channels)};
-    launch_conv2d_backward_weight<Math, kBlockN>(
-        p, c.output<T>("grad_conv_weight", s.out_channels * s.channels), {});
-    return;
-  }
+  if (op == "backward_weight" && pending) return backward_weight<Math, 64, true>(c);
+  if (op == "backward_weight") return backward_weight<Math, kBlockN, false>(c);
 #endif
   emulation::fail("this program lacks %s", op.c_str());
 }

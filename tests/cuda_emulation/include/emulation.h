@@ -64,10 +64,6 @@ T shuffle_down(Site site, unsigned mask, T value, unsigned delta, int width = 32
   return shuffle(site, mask, value, within(lane() + static_cast<int>(delta), lane(), width));
 }
 template <typename T>
-T shuffle_up(Site site, unsigned mask, T value, unsigned delta, int width = 32) {
-  return shuffle(site, mask, value, within(lane() - static_cast<int>(delta), lane(), width));
-}
-template <typename T>
 T shuffle_xor(Site site, unsigned mask, T value, int bits, int width = 32) {
   return shuffle(site, mask, value, within(lane() ^ bits, lane(), width));
 }
@@ -98,7 +94,6 @@ inline unsigned ballot(Site site, unsigned mask, bool predicate) {
 #define __all_sync(mask, predicate) (__ballot_sync(mask, predicate) == (mask))
 #define __shfl_sync(...) ::emulation::shuffle_index(EMULATION_SITE, __VA_ARGS__)
 #define __shfl_down_sync(...) ::emulation::shuffle_down(EMULATION_SITE, __VA_ARGS__)
-#define __shfl_up_sync(...) ::emulation::shuffle_up(EMULATION_SITE, __VA_ARGS__)
 #define __shfl_xor_sync(...) ::emulation::shuffle_xor(EMULATION_SITE, __VA_ARGS__)
 
 inline unsigned __float_as_uint(float value) {
@@ -120,7 +115,6 @@ inline float __fsqrt_rn(float a) { return std::sqrt(a); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline double __dadd_rn(double a, double b) { return a + b; }
 inline double __dsub_rn(double a, double b) { return a - b; }
-inline double __dmul_rn(double a, double b) { return a * b; }
 inline double __ddiv_rn(double a, double b) { return a / b; }
 inline double __dsqrt_rn(double a) { return std::sqrt(a); }
 inline double __fma_rn(double a, double b, double c) { return std::fma(a, b, c); }

@@ -34,9 +34,8 @@
 #define EMULATION_ASAN 0
 #endif
 
-// Saves the callee's registers on the stack it leaves and takes them from the one it enters.
+// For x86-64. Saves the callee's registers on the stack it leaves and takes them from the one it enters.
 extern "C" void emulation_switch(void** from, void* to);
-#if defined(__x86_64__)
 constexpr int kSavedWords = 6;
 asm(R"(
 .text
@@ -59,44 +58,6 @@ emulation_switch:
   popq %rbp
   ret
 )");
-#elif defined(__aarch64__)
-constexpr int kSavedWords = 20;
-asm(R"(
-.text
-.globl emulation_switch
-.type emulation_switch, %function
-emulation_switch:
-  sub sp, sp, #160
-  stp x19, x20, [sp, #0]
-  stp x21, x22, [sp, #16]
-  stp x23, x24, [sp, #32]
-  stp x25, x26, [sp, #48]
-  stp x27, x28, [sp, #64]
-  stp x29, x30, [sp, #80]
-  stp d8, d9, [sp, #96]
-  stp d10, d11, [sp, #112]
-  stp d12, d13, [sp, #128]
-  stp d14, d15, [sp, #144]
-  mov x9, sp
-  str x9, [x0]
-  mov sp, x1
-  ldp x19, x20, [sp, #0]
-  ldp x21, x22, [sp, #16]
-  ldp x23, x24, [sp, #32]
-  ldp x25, x26, [sp, #48]
-  ldp x27, x28, [sp, #64]
-  ldp x29, x30, [sp, #80]
-  ldp d8, d9, [sp, #96]
-  ldp d10, d11, [sp, #112]
-  ldp d12, d13, [sp, #128]
-  ldp d14, d15, [sp, #144]
-  add sp, sp, #160
-  ret
-)");
-#else
-#error "the emulation switches fibres on x86-64 and aarch64"
-#endif
-
 namespace emulation {
 
 constexpr int kFailure = 70;          // exit status where a kernel misuses the machine
@@ -105,6 +66,7 @@ constexpr unsigned kMaxThreads = 1024;
 
 inline uint64_t seed = 0;            // the thread and block order; set before a launch
 inline const char* kernel_name = "";
+inline int64_t mutation = -1;        // which edit of a mutated copy of the kernels is in force
 
 struct Site {
   const char* file = "";
@@ -180,8 +142,6 @@ class Block {
     leave(State::barrier);
   }
   void collective(Site site, unsigned mask, void* arguments, Collective body);
-  // Adversarial choices an emulated operation may make, such as when an asynchronous copy lands.
-  uint64_t random() { return random_(); }
   unsigned thread() const { return static_cast<unsigned>(running_ - fibers_.data()); }
 
  private:
@@ -236,16 +196,10 @@ inline Block::Block(dim3 size, size_t dynamic_bytes, uint64_t order, std::functi
     fiber.index = {t % size.x, t / size.x % size.y, t / size.x / size.y};
     fiber.stack = stack_of(t);
     void** top = reinterpret_cast<void**>(fiber.stack + kStack - 64);
-#if defined(__x86_64__)
     *--top = nullptr;  // where entry's own return address would be, for the stack's alignment
     *--top = reinterpret_cast<void*>(&entry);
     top -= kSavedWords;
     std::memset(top, 0, kSavedWords * sizeof(void*));
-#else
-    top -= kSavedWords;
-    std::memset(top, 0, kSavedWords * sizeof(void*));
-    top[11] = reinterpret_cast<void*>(&entry);
-#endif
     fiber.stack_pointer = top;
   }
   shuffle();
