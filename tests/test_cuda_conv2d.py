@@ -32,6 +32,7 @@ SHAPES = [
     (2, 9, 10, 40, 16, (2, 1), 0),
     (1, 15, 13, 16, 40, (2, 2), 1),
     (1, 1, 1, 1, 1, (1, 1), 0),
+    (3, 13, 17, 16, 8, (1, 1), 0),  # several splits of the rows
 ]
 OPS = ("forward", "backward_input", "backward_weight")
 

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from . import cuda_emulation as emulation
 
-pytestmark = pytest.mark.skipif(bool(emulation.why_not()), reason=emulation.why_not() or "emulation")
+pytestmark = pytest.mark.skipif(
+    bool(emulation.why_not()), reason=emulation.why_not() or "emulation"
+)
 
 LANES = range(32)
 

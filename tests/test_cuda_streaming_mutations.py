@@ -17,6 +17,7 @@ from .cuda_emulation.mutations import (
     Mutation,
     barriers,
     barriers_removed,
+    mutate,
     outcomes,
     without_barrier,
 )
@@ -131,7 +132,13 @@ def test_unchanged_sources_pass(op, tmp_path):
 @pytest.fixture(scope="module")
 def caught(request, tmp_path_factory):
     chosen = [i.callspec.params["mutation"] for i in request.session.items if is_ours(i)]
-    with outcomes(chosen, outcome, tmp_path_factory.mktemp("mutations")) as results:
+    folder = tmp_path_factory.mktemp("mutations")
+
+    def one(number: int, mutation: Mutation) -> str:
+        own = folder / str(number)
+        return outcome(mutation.op, mutate(mutation, own / "csrc"), own / "cases")
+
+    with outcomes(chosen, one) as results:
         yield results
 
 

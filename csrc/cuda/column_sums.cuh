@@ -55,7 +55,7 @@ struct ColumnMoments {
     TileMoments own[8];
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
-      const float average = count == 0 ? 0.0f : sum[e] / static_cast<float>(count);
+      const float average = sum[e] / static_cast<float>(count);  // NaN of no rows is not joined
       own[e].mean = shift[e] + average;
       // Rounding may leave less than nothing where all values are equal.
       const float m2 = square[e] - sum[e] * average;

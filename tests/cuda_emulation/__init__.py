@@ -105,9 +105,12 @@ def prepare(folder: Path, case: Mapping[str, Any]) -> Path:
     return folder
 
 
-def run(program: Path, folders: Sequence[Path]) -> subprocess.CompletedProcess[str]:
+def run(
+    program: Path, folders: Sequence[Path], mutation: int = -1
+) -> subprocess.CompletedProcess[str]:
     """Run a program on prepared cases; a failure is in the return code and on stderr."""
     options = {
+        "MUTATION": str(mutation),
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
         "UBSAN_OPTIONS": "halt_on_error=1",
     }

@@ -1,6 +1,5 @@
 // The fused 1x1 convolution's three ops. `math` is half, tf32 or float, `block_n` a tile's columns.
-// ONLY_FORWARD, ONLY_BACKWARD_INPUT or ONLY_BACKWARD_WEIGHT leave one op in two kinds, for the
-// mutations, which are compiled one by one.
+// TWO_KINDS leaves two of them, for the mutations.
 #include "cuda/batch_norm_relu_conv2d.cuh"
 #include "cuda/batch_norm_relu_conv2d_backward_input.cuh"
 #include "cuda/batch_norm_relu_conv2d_backward_weight.cuh"
@@ -50,7 +49,7 @@ Pending<T> pending_of(harness::Case& c, const Sizes& s) {
 }
 
 template <typename Math, int kBlockN>
-[[maybe_unused]] void forward(harness::Case& c) {
+void forward(harness::Case& c) {
   using T = typename Math::T;
   const Sizes s(c);
   const Conv2dForward<T> p{
@@ -64,7 +63,7 @@ template <typename Math, int kBlockN>
 }
 
 template <typename Math, int kBlockN, bool kPending>
-[[maybe_unused]] void backward_input(harness::Case& c) {
+void backward_input(harness::Case& c) {
   using T = typename Math::T;
   const Sizes s(c);
   const Conv2dBackwardInput<T> p{
@@ -78,7 +77,7 @@ template <typename Math, int kBlockN, bool kPending>
 }
 
 template <typename Math, int kBlockN, bool kPending>
-[[maybe_unused]] void backward_weight(harness::Case& c) {
+void backward_weight(harness::Case& c) {
   using T = typename Math::T;
   using Kernel = Conv2dBackwardWeightKernel<Math, kBlockN, kPending>;
   const Sizes s(c);
@@ -95,18 +94,12 @@ template <typename Math, int kBlockN, bool kPending>
 template <typename Math, int kBlockN>
 void run(harness::Case& c) {
   const std::string op = c.text("op");
-  [[maybe_unused]] const bool pending = c.integer("pending") != 0;
-#if !defined(ONLY_BACKWARD_INPUT) && !defined(ONLY_BACKWARD_WEIGHT)
+  const bool pending = c.integer("pending") != 0;
   if (op == "forward") return forward<Math, kBlockN>(c);
-#endif
-#if !defined(ONLY_FORWARD) && !defined(ONLY_BACKWARD_WEIGHT)
   if (op == "backward_input" && pending) return backward_input<Math, 64, true>(c);
   if (op == "backward_input") return backward_input<Math, kBlockN, false>(c);
-#endif
-#if !defined(ONLY_FORWARD) && !defined(ONLY_BACKWARD_INPUT)
   if (op == "backward_weight" && pending) return backward_weight<Math, 64, true>(c);
   if (op == "backward_weight") return backward_weight<Math, kBlockN, false>(c);
-#endif
   emulation::fail("this program lacks %s", op.c_str());
 }
 
@@ -116,7 +109,7 @@ int main(int count, char** folders) {
       const std::string kind = c.text("math") + "/" + c.text("dtype") + "/" + c.text("block_n");
       if (kind == "half/float16/64") return run<HalfMath<__half>, 64>(c);
       if (kind == "half/bfloat16/128") return run<HalfMath<__nv_bfloat16>, 128>(c);
-#if !defined(ONLY_FORWARD) && !defined(ONLY_BACKWARD_INPUT) && !defined(ONLY_BACKWARD_WEIGHT)
+#ifndef TWO_KINDS
       if (kind == "half/float16/128") return run<HalfMath<__half>, 128>(c);
       if (kind == "half/bfloat16/64") return run<HalfMath<__nv_bfloat16>, 64>(c);
       if (kind == "tf32/float32/64") return run<Tf32Math, 64>(c);

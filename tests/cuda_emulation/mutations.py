@@ -29,8 +29,12 @@ class Mutation(NamedTuple):
         return f"{self.op}-{self.file}-{self.old}-{self.nth}"
 
 
+def without(op: str, file: str, statement: str, nth: int = 0) -> Mutation:
+    return Mutation(op, file, statement, ";", nth)
+
+
 def without_barrier(op: str, file: str, nth: int) -> Mutation:
-    return Mutation(op, file, BARRIER, ";", nth)
+    return without(op, file, BARRIER, nth)
 
 
 def source(file: str) -> str:
@@ -69,27 +73,53 @@ def barriers_removed(mutations: Sequence[Mutation]) -> set[tuple[str, int]]:
     }
 
 
-def mutate(mutation: Mutation, folder: Path) -> Path:
-    """A copy of the sources with the one edit."""
+def copy_sources(folder: Path) -> Path:
     for part in ("cuda", "common"):
         shutil.copytree(CSRC / part, folder / part)
+    return folder
+
+
+def mutate(mutation: Mutation, folder: Path) -> Path:
+    """A copy of the sources with the one edit."""
+    copy_sources(folder)
     text, at = source(mutation.file), place(mutation)
     path = folder / "cuda" / f"{mutation.file}.cuh"
     path.write_text(text[:at] + mutation.new + text[at + len(mutation.old) :])
     return folder
 
 
+def switched(mutations: Sequence[Mutation], folder: Path) -> Path:
+    """A copy of the sources with every edit behind a switch, numbered as in ``mutations``.
+
+    What an edit replaces must be an expression or, for one that leaves nothing, a statement. Edits
+    of the same text at the same place are alternatives.
+    """
+    copy_sources(folder)
+    edits: dict[tuple[str, int], list[int]] = {}
+    for number, mutation in enumerate(mutations):
+        edits.setdefault((mutation.file, place(mutation)), []).append(number)
+    texts: dict[str, str] = {}
+    for (file, at), numbers in sorted(edits.items(), reverse=True):  # the last of a file first
+        text, old = texts.get(file, source(file)), mutations[numbers[0]].old
+        assert all(mutations[n].old == old for n in numbers), f"edits of {old!r} overlap"
+        new = old if old.endswith(";") else f"({old})"
+        for n in numbers:
+            if old.endswith(";"):
+                new = f"if (::emulation::mutation != {n}) {{ {new} }}"
+            else:
+                new = f"(::emulation::mutation == {n} ? ({mutations[n].new}) : {new})"
+        texts[file] = text[:at] + new + text[at + len(old) :]
+    for file, text in texts.items():
+        (folder / "cuda" / f"{file}.cuh").write_text(text)
+    return folder
+
+
 @contextmanager
 def outcomes(
-    mutations: Sequence[Mutation], outcome: Callable[[str, Path, Path], str], folder: Path
+    mutations: Sequence[Mutation], outcome: Callable[[int, Mutation], str]
 ) -> Iterator[dict[Mutation, Future[str]]]:
-    """``outcome(op, csrc, folder)`` of every mutation, worked out on all processors at once."""
-
-    def one(number: int, mutation: Mutation) -> str:
-        own = folder / str(number)
-        return outcome(mutation.op, mutate(mutation, own / "csrc"), own / "cases")
-
+    """``outcome`` of every mutation and its number, worked out on all processors at once."""
     workers = len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(workers) as pool:
-        yield {m: pool.submit(one, number, m) for number, m in enumerate(mutations)}
+        yield {m: pool.submit(outcome, number, m) for number, m in enumerate(mutations)}
         pool.shutdown(cancel_futures=True)

@@ -66,7 +66,8 @@ constexpr unsigned kMaxThreads = 1024;
 
 inline uint64_t seed = 0;            // the thread and block order; set before a launch
 inline const char* kernel_name = "";
-inline int64_t mutation = -1;        // which edit of a mutated copy of the kernels is in force
+// Which edit is in force, of a copy of the kernels that has several behind switches.
+inline const int mutation = std::atoi(std::getenv("MUTATION") ? std::getenv("MUTATION") : "-1");
 
 struct Site {
   const char* file = "";
