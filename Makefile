@@ -15,6 +15,9 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 RUN := $(VENV)/bin/python
 CONSTRAINTS := $(VENV)/constraints.txt
 NATIVE := setup.py $(wildcard csrc/*.* csrc/*/*.*)
+EMULATION := tests/cuda_emulation
+# What clang-format formats: all C++ but csrc/cpu, which is laid out by hand.
+FORMATTED := $(wildcard csrc/common/* csrc/cuda/* $(addprefix $(EMULATION)/,*.cpp *.h include/*.h include/cuda/*))
 # Ninja and whatever else the environment brings must be found by name.
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
@@ -24,7 +27,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 help:
 	@echo 'make bench        the benchmark (ARGS="--list", "--quick", ...)'
 	@echo 'make test         the tests (ARGS for pytest)'
-	@echo 'make lint         ruff; make format repairs what it can'
+	@echo 'make lint         ruff and clang-format; make format repairs what it can'
 	@echo 'make types        mypy'
 	@echo 'make wheel        a wheel in dist/'
 	@echo 'make environment  what is installed, built and usable'
@@ -61,10 +64,12 @@ test: setup
 lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(FORMATTED)
 
 format: setup
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
+	$(VENV)/bin/clang-format -i $(FORMATTED)
 
 types: setup
 	$(RUN) -m mypy preact

@@ -90,9 +90,10 @@ def _preact(model: nn.Module, network: Network, mode: str) -> Prepared:
     import preact
 
     if network.own:
-        return Prepared(model, model)
+        device = next(model.parameters()).device.type
+        return Prepared(model, model, note=f"{preact.backends.choose(device)} on {device}")
     report = preact.fuse_(model)
-    note = f"{len(report.fused)} fused, {len(report.skipped)} skipped"
+    note = f"{len(report.fused)} fused, {len(report.skipped)} skipped, {report.backend}"
     return Prepared(model, model, note=note)
 
 

@@ -36,7 +36,7 @@ getattr(build_meta, sys.argv[1])(sys.argv[2])
 def run(command: list[str], directory: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     # Ninja may stand beside the interpreter, in an environment that is not activated.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    env = {**os.environ, "PATH": path, **variables}
+    env = {**os.environ, "PATH": path, "PREACT_WARNINGS": "", **variables}
     return subprocess.run(command, cwd=directory, env=env, capture_output=True, text=True)
 
 

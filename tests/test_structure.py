@@ -113,6 +113,26 @@ def test_automatic_choice_falls_back_to_eager_and_logs_once(monkeypatch, caplog)
     assert sum("no native library" in record.message for record in caplog.records) == 1
 
 
+@pytest.mark.parametrize(
+    ("missing", "chosen"),
+    [((), "cpp"), (("cpp",), "triton"), (("triton",), "cpp"), (("cpp", "triton"), None)],
+)
+def test_fused_on_a_gpu_is_cuda_where_built_else_triton(monkeypatch, missing, chosen):
+    for name, module in (("cpp", cpp), ("triton", backends.triton)):
+        reason = f"{name} is missing" if name in missing else ""
+        monkeypatch.setattr(module, "why_not", lambda device_type, reason=reason: reason)
+    monkeypatch.delenv("PREACT_BACKEND", raising=False)
+    assert backends.choose("cuda") == "reference", "no GPU has run the kernels: nobody gets them"
+    monkeypatch.setenv("PREACT_BACKEND", "fused")
+    if chosen is not None:
+        assert backends.choose("cuda") == chosen
+    else:
+        with pytest.raises(RuntimeError, match="cpp is missing; triton is missing"):
+            backends.choose("cuda")
+    with preact.use_backend("fused"), pytest.raises(RuntimeError, match="device type xpu"):
+        backends.choose("xpu")
+
+
 def test_transforms_run_eagerly():
     module = preact.PreActBasicBlock(4, 4).eval()
     x = torch.randn(3, 4, 5, 5)

@@ -37,10 +37,9 @@ inline Conv2dShape conv2d_shape(const Tensor& input, const Tensor& weight,
     STD_TORCH_CHECK(room >= 0, "conv_weight is larger than the padded input");
     return room / conv.stride[dim] + 1;
   };
-  return {input.size(0),      input.size(1),      input.size(2),    input.size(3),
-          weight.size(0),     outputs(0),         outputs(1),       weight.size(2),
-          weight.size(3),     conv.stride[0],     conv.stride[1],   conv.padding[0],
-          conv.padding[1],    conv.dilation[0],   conv.dilation[1]};
+  return {input.size(0),  input.size(1),   input.size(2),   input.size(3),    weight.size(0),
+          outputs(0),     outputs(1),      weight.size(2),  weight.size(3),   conv.stride[0],
+          conv.stride[1], conv.padding[0], conv.padding[1], conv.dilation[0], conv.dilation[1]};
 }
 
 // A result of `sizes` in the type and on the device of `like`, in a given layout.
@@ -52,12 +51,11 @@ inline Tensor empty_map(const std::array<int64_t, 4>& sizes, const Tensor& like,
 
 inline void check_result_like(const Tensor& tensor, const Conv2dShape& shape, const Tensor& input,
                               const char* name) {
-  STD_TORCH_CHECK(tensor.dim() == 4 && tensor.size(0) == shape.batch &&
-                      tensor.size(1) == shape.out_channels && tensor.size(2) == shape.out_h &&
-                      tensor.size(3) == shape.out_w &&
-                      tensor.scalar_type() == input.scalar_type() &&
-                      tensor.device() == input.device(),
-                  name, " must have the shape, type and device of the convolution's result");
+  STD_TORCH_CHECK(
+      tensor.dim() == 4 && tensor.size(0) == shape.batch && tensor.size(1) == shape.out_channels &&
+          tensor.size(2) == shape.out_h && tensor.size(3) == shape.out_w &&
+          tensor.scalar_type() == input.scalar_type() && tensor.device() == input.device(),
+      name, " must have the shape, type and device of the convolution's result");
 }
 
 // What goes into the forward beside input and weight, which are of one type.
@@ -95,8 +93,7 @@ inline void check_conv2d_backward(const Tensor& grad_output, const Tensor& input
 // kResults results.
 template <size_t kResults, typename... Arguments>
 auto run_reference(const char* op, const Arguments&... arguments) {
-  std::array<StableIValue, sizeof...(Arguments)> stack{
-      torch::stable::detail::from(arguments)...};
+  std::array<StableIValue, sizeof...(Arguments)> stack{torch::stable::detail::from(arguments)...};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher(op, "reference", stack.data(), TORCH_ABI_VERSION));
   return [&]<size_t... kIndex>(std::index_sequence<kIndex...>) {

@@ -34,8 +34,8 @@ inline MemoryFormat memory_format_of(const Tensor& input) {
 }
 
 inline Tensor dense(const Tensor& tensor, MemoryFormat format) {
-  const bool ready = format == MemoryFormat::ChannelsLast ? is_channels_last(tensor)
-                                                          : tensor.is_contiguous();
+  const bool ready =
+      format == MemoryFormat::ChannelsLast ? is_channels_last(tensor) : tensor.is_contiguous();
   return ready ? tensor : torch::stable::contiguous(tensor, format);
 }
 

@@ -65,10 +65,8 @@ __global__ void __launch_bounds__(kThreads)
                                           T* __restrict__ grad_input, const Geometry geometry) {
   using A = accumulate_t<T>;
   Walk<T, kChannelsLast> walk(geometry);
-  BackwardApplyOp<T, kChannelsLast> op{grad_output,     input,
-                                       grad_skip,       grad_input,
-                                       geometry.vector, sums.grad_weight != nullptr,
-                                       {}};
+  BackwardApplyOp<T, kChannelsLast> op{
+      grad_output, input, grad_skip, grad_input, geometry.vector, sums.grad_weight != nullptr, {}};
   channel_values(walk, op.values, [&](int64_t channel, A* values) {
     fill_norm(norm, channel, values);
     values[kSlope] = values[kOffset] = 0;
@@ -96,8 +94,7 @@ void batch_norm_relu_backward_apply(const T* grad_output, const T* input, const 
   launch("batch_norm_relu_backward_apply_kernel",
          map.channels_last ? &batch_norm_relu_backward_apply_kernel<T, true>
                            : &batch_norm_relu_backward_apply_kernel<T, false>,
-         g.blocks(), kThreads, 0, stream, grad_output, input, grad_skip, norm, sums, grad_input,
-         g);
+         g.blocks(), kThreads, 0, stream, grad_output, input, grad_skip, norm, sums, grad_input, g);
 }
 
 }  // namespace preact::cuda

@@ -44,8 +44,7 @@ struct TwoSums {
 template <typename T, bool kChannelsLast>
 __global__ void __launch_bounds__(kThreads)
     batch_norm_relu_backward_reduce_kernel(const T* __restrict__ grad_output,
-                                           const T* __restrict__ input,
-                                           Norm<accumulate_t<T>> norm,
+                                           const T* __restrict__ input, Norm<accumulate_t<T>> norm,
                                            TwoSums* __restrict__ partials,
                                            const Geometry geometry) {
   using A = accumulate_t<T>;

@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   float bias[8];
   Product::walk(
       sums, shared,
-      [&](int column, int row, float(&values)[8], int pass) {
+      [&](int column, int row, float (&values)[8], int pass) {
         const int c = first_column + column;
         const int count = p.out_channels - c < 8 ? p.out_channels - c : 8;
         if (pass == 0) {
@@ -130,8 +130,8 @@ void launch_conv2d_forward(const Conv2dForward<typename Math::T>& p, float* mean
          dim3(static_cast<unsigned>(tiles_m * tiles_n)), dim3(kThreads),
          Conv2dForwardKernel<Math, kBlockN>::shared_bytes(p.input.columns), stream, p);
   launch("merge_moments", merge_moments_kernel<float>,
-         dim3(static_cast<unsigned>(ceil_div(p.out_channels, kMergeColumns))),
-         dim3(kThreads), 0, stream, p.tile_means, p.tile_m2s, p.rows, p.out_channels, mean, var);
+         dim3(static_cast<unsigned>(ceil_div(p.out_channels, kMergeColumns))), dim3(kThreads), 0,
+         stream, p.tile_means, p.tile_m2s, p.rows, p.out_channels, mean, var);
 }
 
 }  // namespace preact::cuda

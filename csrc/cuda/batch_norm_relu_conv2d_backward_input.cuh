@@ -12,7 +12,7 @@ struct Conv2dBackwardInput {
   Pending<T> pending;
   Matrix<T> weight;  // [O, C]
   RowMap map;
-  Norm<float> norm;  // of C channels
+  Norm<float> norm;          // of C channels
   const T* input;            // [rows, C]
   const T* grad_activation;  // [rows, C], joins the product; or null
   T* grad_z;                 // [rows, C]
@@ -64,7 +64,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     rows_a[pass] = p.map(first_row + TileA::own_row(pass), p.rows);
   }
 
-  [[maybe_unused]] float* const coefficients = reinterpret_cast<float*>(shared + Kernel::kCoefficientsAt);
+  [[maybe_unused]] float* const coefficients =
+      reinterpret_cast<float*>(shared + Kernel::kCoefficientsAt);
   [[maybe_unused]] const int padded = Kernel::padded(depth);
   if constexpr (kPending) {
     load_coefficients(coefficients, p.pending.coefficients, 0, padded, depth);
@@ -103,7 +104,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   column_sums.start();
   Product::walk(
       sums, shared,
-      [&](int column, int row, float(&values)[8], int) {
+      [&](int column, int row, float (&values)[8], int) {
         const int c = first_column + column;
         const int count = p.channels - c < 8 ? p.channels - c : 8;
         if (row >= limit || count <= 0) return;
@@ -148,9 +149,8 @@ void launch_conv2d_backward_input(const Conv2dBackwardInput<typename Math::T>& p
          Conv2dBackwardInputKernel<Math, kBlockN, kPending>::shared_bytes(p.grad_output.columns),
          stream, p);
   launch("merge_sums", merge_sums_kernel<float>,
-         dim3(static_cast<unsigned>(ceil_div(p.channels, kMergeColumns))),
-         dim3(kThreads), 0, stream, p.tile_dz_x, p.tile_dz, tiles_m, p.channels, p.norm,
-         grad_weight, grad_bias);
+         dim3(static_cast<unsigned>(ceil_div(p.channels, kMergeColumns))), dim3(kThreads), 0,
+         stream, p.tile_dz_x, p.tile_dz, tiles_m, p.channels, p.norm, grad_weight, grad_bias);
 }
 
 }  // namespace preact::cuda

@@ -11,7 +11,7 @@ template <typename T>
 struct Conv2dBackwardWeight {
   Matrix<T> grad_output;  // [rows, O]
   Pending<T> pending;
-  Matrix<T> input;        // [pixels, C], read through `map`
+  Matrix<T> input;  // [pixels, C], read through `map`
   RowMap map;
   Norm<float> norm;  // of C channels
   int rows, rows_per_split;
@@ -26,7 +26,8 @@ struct Splits {
   static Splits of(int rows, int64_t tiles, int depth) {
     constexpr int64_t kBlocks = 528, kFewestSteps = 8;  // four blocks for each of 132 processors
     const int64_t most = ceil_div(rows, kFewestSteps * depth);
-    const int64_t count = std::clamp<int64_t>(ceil_div(kBlocks, tiles), 1, std::max<int64_t>(most, 1));
+    const int64_t count =
+        std::clamp<int64_t>(ceil_div(kBlocks, tiles), 1, std::max<int64_t>(most, 1));
     const int64_t each = std::max<int64_t>(ceil_div(rows, count * depth), 1) * depth;
     return {std::max<int64_t>(ceil_div(rows, each), 1), static_cast<int>(each)};
   }
@@ -70,7 +71,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   float* const vectors = reinterpret_cast<float*>(shared + Kernel::kVectorsAt);
   load_affine(vectors, p.norm, first_column, kBlockN, channels);
-  [[maybe_unused]] float* const coefficients = reinterpret_cast<float*>(shared + Kernel::kCoefficientsAt);
+  [[maybe_unused]] float* const coefficients =
+      reinterpret_cast<float*>(shared + Kernel::kCoefficientsAt);
   if constexpr (kPending) {
     load_coefficients(coefficients, p.pending.coefficients, first_row, kBlockM, out_channels);
   }
@@ -116,12 +118,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   const bool vector = channels % 8 == 0;
   Product::walk(
       sums, shared,
-      [&](int column, int row, float(&values)[8], int) {
+      [&](int column, int row, float (&values)[8], int) {
         const int c = first_column + column, o = first_row + row;
         const int count = channels - c < 8 ? channels - c : 8;
         if (o >= out_channels || count <= 0) return;
-        store_eight(partial + static_cast<int64_t>(o) * channels + c, values, count,
-                    vector);
+        store_eight(partial + static_cast<int64_t>(o) * channels + c, values, count, vector);
       },
       [](int) {});
 }
@@ -129,8 +130,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 // Adds the splits of each element: `lanes` threads take every lanes-th split of one element, and
 // their sums are added in order.
 template <typename T>
-__global__ void sum_splits_kernel(const float* partial, int64_t splits, int lanes,
-                                  int64_t elements, T* result) {
+__global__ void sum_splits_kernel(const float* partial, int64_t splits, int lanes, int64_t elements,
+                                  T* result) {
   PREACT_SHARED(float, shared, kThreads);
   const int width = kThreads / lanes;
   const int lane = static_cast<int>(threadIdx.x) / width;

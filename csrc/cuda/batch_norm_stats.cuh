@@ -27,8 +27,7 @@ template <typename T, bool kChannelsLast>
 __global__ void __launch_bounds__(kThreads)
     batch_norm_stats_kernel(const T* __restrict__ input, Moments* __restrict__ partials,
                             const Geometry geometry) {
-  chunk_statistics<4, T, kChannelsLast>(InputSource<T>{input, geometry.vector}, geometry,
-                                        partials);
+  chunk_statistics<4, T, kChannelsLast>(InputSource<T>{input, geometry.vector}, geometry, partials);
 }
 
 // Partial results to be given to batch_norm_stats.
@@ -43,10 +42,10 @@ void batch_norm_stats(const T* input, const FeatureMap& map, Moments* partials,
                       accumulate_t<T>* mean, accumulate_t<T>* var, Stream stream) {
   const Geometry g = geometry<T>(map, input);
   if (g.blocks() > 0) {
-    launch("batch_norm_stats_kernel",
-           map.channels_last ? &batch_norm_stats_kernel<T, true>
-                             : &batch_norm_stats_kernel<T, false>,
-           g.blocks(), kThreads, 0, stream, input, partials, g);
+    launch(
+        "batch_norm_stats_kernel",
+        map.channels_last ? &batch_norm_stats_kernel<T, true> : &batch_norm_stats_kernel<T, false>,
+        g.blocks(), kThreads, 0, stream, input, partials, g);
   }
   batch_norm_stats_join(partials, g, mean, var, stream);
 }

@@ -1,5 +1,5 @@
-// Per-column results of a matrix product's tiles, in two stages of fixed order: one pair of floats a
-// column and tile of rows, then one a column. No atomics, so every run gives the same bits.
+// Per-column results of a matrix product's tiles, in two stages of fixed order: one pair of floats
+// a column and tile of rows, then one a column. No atomics, so every run gives the same bits.
 #pragma once
 
 #include "common/feature_map.h"
@@ -157,8 +157,8 @@ __device__ inline double sum_of_lanes(double* shared, double value) {
 
 // Moments of the tiles' kBlockM rows (the last has fewer) into mean and biased variance, [columns].
 template <typename A>
-__global__ void merge_moments_kernel(const A* means, const A* m2s, int rows, int columns,
-                                     A* mean, A* var) {
+__global__ void merge_moments_kernel(const A* means, const A* m2s, int rows, int columns, A* mean,
+                                     A* var) {
   PREACT_SHARED(double, shared, kThreads);
   const int lane = threadIdx.x / kMergeColumns;
   const int column = static_cast<int>(blockIdx.x * kMergeColumns + threadIdx.x % kMergeColumns);
@@ -186,8 +186,8 @@ __global__ void merge_moments_kernel(const A* means, const A* m2s, int rows, int
 
 // Sums of dz (x - mean) and dz of the tiles into the gradients of the norm's weight and bias.
 template <typename A>
-__global__ void merge_sums_kernel(const A* sums_dz_x, const A* sums_dz, int64_t tiles,
-                                  int columns, Norm<A> norm, A* grad_weight, A* grad_bias) {
+__global__ void merge_sums_kernel(const A* sums_dz_x, const A* sums_dz, int64_t tiles, int columns,
+                                  Norm<A> norm, A* grad_weight, A* grad_bias) {
   PREACT_SHARED(double, shared, kThreads);
   const int lane = threadIdx.x / kMergeColumns;
   const int column = static_cast<int>(blockIdx.x * kMergeColumns + threadIdx.x % kMergeColumns);

@@ -122,7 +122,7 @@ struct Gemm {
       for (int i = 0; i < kWarpM / 16; ++i) {
 #pragma unroll
         for (int part = 0; part < kTilesPerSlab; ++part) {
-          const float(&tile)[4] = sums[i][first / kSlabColumns * kTilesPerSlab + part];
+          const float (&tile)[4] = sums[i][first / kSlabColumns * kTilesPerSlab + part];
           const int row = warp_m() + 16 * i + lane / 4;
           const int column = warp_n() + 8 * part + lane % 4 * 2;
           *reinterpret_cast<float2*>(slab + slab_index(row, column)) =

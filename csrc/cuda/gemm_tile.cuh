@@ -52,7 +52,7 @@ struct Tile {
 
   // Eight rows at one chunk, or for 32-bit elements four strided ones, fall into different banks.
   __device__ static int offset(int row, int chunk) {
-    const int mixed = !kStrided ? chunk ^ ((row >> 1) & 3)
+    const int mixed = !kStrided        ? chunk ^ ((row >> 1) & 3)
                       : sizeof(T) == 2 ? chunk ^ (row & 7)
                                        : chunk ^ ((row & 3) << 1);
     return row * kRowBytes + mixed * kChunkBytes;

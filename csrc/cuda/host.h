@@ -43,8 +43,7 @@ class Call {
  public:
   explicit Call(const Tensor& input) : input_(input), guard_(input.get_device_index()) {
     void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(
-        aoti_torch_get_current_cuda_stream(input.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(input.get_device_index(), &stream));
     stream_ = static_cast<Stream>(stream);
   }
 
@@ -55,8 +54,8 @@ class Call {
   template <typename T>
   T* workspace(int64_t count) {
     const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
-    workspaces_.push_back(torch::stable::empty({&bytes, 1}, ScalarType::Byte, std::nullopt,
-                                               input_.device()));
+    workspaces_.push_back(
+        torch::stable::empty({&bytes, 1}, ScalarType::Byte, std::nullopt, input_.device()));
     return static_cast<T*>(workspaces_.back().mutable_data_ptr());
   }
 
@@ -72,14 +71,15 @@ class NormVectors {
  public:
   NormVectors(const Tensor& input, const Tensor& mean, const Tensor& var,
               const OptionalTensor& weight, const OptionalTensor& bias, double eps)
-      : mean_(channel_vector(mean, input, "mean")), var_(channel_vector(var, input, "var")),
+      : mean_(channel_vector(mean, input, "mean")),
+        var_(channel_vector(var, input, "var")),
         weight_(optional_vector(weight, input, "weight")),
-        bias_(optional_vector(bias, input, "bias")), eps_(eps) {}
+        bias_(optional_vector(bias, input, "bias")),
+        eps_(eps) {}
 
   template <typename A>
   Norm<A> get() const {
-    return {data<A>(mean_), data<A>(var_), data<A>(weight_), data<A>(bias_),
-            static_cast<A>(eps_)};
+    return {data<A>(mean_), data<A>(var_), data<A>(weight_), data<A>(bias_), static_cast<A>(eps_)};
   }
 
   static OptionalTensor optional_vector(const OptionalTensor& vector, const Tensor& input,

@@ -27,9 +27,7 @@ struct AddSource {
     store_slot(output, loaded.a, slot, vector);
   }
   __device__ A value(const Loaded& loaded, int e) const { return to_accumulate(loaded.a[e]); }
-  __device__ A at(int64_t offset) const {
-    return to_accumulate(sum(input[offset], other[offset]));
-  }
+  __device__ A at(int64_t offset) const { return to_accumulate(sum(input[offset], other[offset])); }
 
  private:
   __device__ static T sum(T a, T b) {

@@ -40,10 +40,10 @@ __device__ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
 }
 
 // d += a b, [16, 8] += [16, 16] [16, 8].
-#define PREACT_MMA_16816(type)                                                                \
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                         \
-               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"       \
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                               \
+#define PREACT_MMA_16816(type)                                                          \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                   \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n" \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                         \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
 template <typename T>
 __device__ void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);

@@ -93,8 +93,8 @@ __device__ void chunk_statistics(const Source& source, const Geometry& geometry,
       shifts[walk.column() * kLanes + lane] = op.shift[lane];
     }
   }
-  const auto count = static_cast<double>(walk.elements_before(walk.end()) -
-                                         walk.elements_before(walk.begin()));
+  const auto count =
+      static_cast<double>(walk.elements_before(walk.end()) - walk.elements_before(walk.begin()));
   block_sums(walk, sums, geometry.columns, [&](int64_t channel, double sum, double square) {
     const double offset = sum / count, m2 = square - sum * offset;
     partials[walk.chunk() * geometry.channels + channel] = {
@@ -127,8 +127,8 @@ template <typename A>
 void batch_norm_stats_join(const Moments* partials, const Geometry& g, A* mean, A* var,
                            Stream stream) {
   if (g.channels == 0) return;
-  launch("batch_norm_stats_join_kernel", &batch_norm_stats_join_kernel<A>,
-         join_blocks(g.channels), kThreads, 0, stream, partials, g.chunks, g.channels, mean, var);
+  launch("batch_norm_stats_join_kernel", &batch_norm_stats_join_kernel<A>, join_blocks(g.channels),
+         kThreads, 0, stream, partials, g.chunks, g.channels, mean, var);
 }
 
 }  // namespace preact::cuda

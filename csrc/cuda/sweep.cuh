@@ -71,13 +71,13 @@ Geometry geometry(const FeatureMap& map, const Pointers*... maps) {
     g.vector = phase >= 0;
     g.phase = phase > 0 ? phase : 0;
     const bool even = g.phase == 0 && map.spatial % kVectorSize == 0;
-    g.plane_slots = even ? map.spatial / kVectorSize
-                         : ceil_div(map.spatial + kVectorSize - 1, kVectorSize);
+    g.plane_slots =
+        even ? map.spatial / kVectorSize : ceil_div(map.spatial + kVectorSize - 1, kVectorSize);
     g.slots = map.batch * g.plane_slots;
     least = kThreads;
   }
-  const int64_t wanted = std::clamp<int64_t>(
-      g.slots * g.groups / (least * kSlotsPerThread), 1, kMostBlocks);
+  const int64_t wanted =
+      std::clamp<int64_t>(g.slots * g.groups / (least * kSlotsPerThread), 1, kMostBlocks);
   const int64_t chunks = std::clamp<int64_t>(ceil_div(wanted, g.groups), 1,
                                              std::max<int64_t>(ceil_div(g.slots, least), 1));
   g.chunk = std::max<int64_t>(ceil_div(g.slots, chunks), 1);

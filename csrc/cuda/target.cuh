@@ -11,8 +11,8 @@
 
 // An array in shared memory, and the kernel's dynamic shared memory, aligned for 16-byte access.
 #define PREACT_SHARED(type, name, size) __shared__ __align__(16) type name[size]
-#define PREACT_DYNAMIC_SHARED(type, name)                                  \
-  extern __shared__ __align__(128) unsigned char preact_dynamic_shared[];  \
+#define PREACT_DYNAMIC_SHARED(type, name)                                 \
+  extern __shared__ __align__(128) unsigned char preact_dynamic_shared[]; \
   type* name = reinterpret_cast<type*>(preact_dynamic_shared)
 
 namespace preact::cuda {

@@ -79,8 +79,8 @@ __device__ void join_chunks(Total& total, const Total* partials, int64_t chunks,
                             const Merge& merge) {
   PREACT_SHARED(Total, shared, kThreads);
   const int row = threadIdx.x / kJoinChannels;
-  // Each partial is under way while the one before is merged. Not unrolled: a merge divides in double
-  // precision, whose calls would make the loads of several rounds spill.
+  // Each partial is under way while the one before is merged. Not unrolled: a merge divides in
+  // double precision, whose calls would make the loads of several rounds spill.
   const int64_t end = stride > 0 ? chunks : 0;
   Total next{};
   if (row < end) next = partials[row * stride];

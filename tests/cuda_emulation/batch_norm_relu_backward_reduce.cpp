@@ -11,9 +11,8 @@ int main(int count, char** folders) {
     const T* grad = c.input<T>("grad_output", c.integer("other_offset"));
     const T* input = c.input<T>("input", c.integer("offset"));
     const int64_t partials = batch_norm_relu_backward_reduce_partials(grad, input, map);
-    batch_norm_relu_backward_reduce(grad, input, harness::norm<A>(c), map,
-                                    c.workspace<TwoSums>(partials),
-                                    c.output<A>("grad_weight", map.channels),
-                                    c.output<A>("grad_bias", map.channels), {});
+    batch_norm_relu_backward_reduce(
+        grad, input, harness::norm<A>(c), map, c.workspace<TwoSums>(partials),
+        c.output<A>("grad_weight", map.channels), c.output<A>("grad_bias", map.channels), {});
   });
 }

@@ -11,12 +11,16 @@ int number(const harness::Case& c, const char* name) { return static_cast<int>(c
 
 struct Sizes {
   int64_t tiles_in, tiles_out, offset;
-  int in_rows, out_rows, channels, out_channels, height, width, out_height, out_width, stride_h, stride_w;
+  int in_rows, out_rows, channels, out_channels, height, width, out_height, out_width, stride_h,
+      stride_w;
 
   explicit Sizes(const harness::Case& c)
-      : offset(c.integer("offset")), channels(number(c, "channels")),
-        out_channels(number(c, "out_channels")), height(number(c, "height")),
-        width(number(c, "width")), stride_h(number(c, "stride_h")),
+      : offset(c.integer("offset")),
+        channels(number(c, "channels")),
+        out_channels(number(c, "out_channels")),
+        height(number(c, "height")),
+        width(number(c, "width")),
+        stride_h(number(c, "stride_h")),
         stride_w(number(c, "stride_w")) {
     out_height = (height - 1) / stride_h + 1;
     out_width = (width - 1) / stride_w + 1;
@@ -52,12 +56,18 @@ template <typename Math, int kBlockN>
 void forward(harness::Case& c) {
   using T = typename Math::T;
   const Sizes s(c);
-  const Conv2dForward<T> p{
-      matrix<T>(c, "input", s.channels, s.offset), matrix<T>(c, "conv_weight", s.channels, 0),
-      s.gather(), norm_of(c), c.input<T>("conv_bias"), c.input<T>("residual"),
-      c.output<T>("output", int64_t{s.out_rows} * s.out_channels), s.out_rows, s.out_channels,
-      s.out_channels % 8 == 0, c.workspace<float>(s.tiles_out * s.out_channels),
-      c.workspace<float>(s.tiles_out * s.out_channels)};
+  const Conv2dForward<T> p{matrix<T>(c, "input", s.channels, s.offset),
+                           matrix<T>(c, "conv_weight", s.channels, 0),
+                           s.gather(),
+                           norm_of(c),
+                           c.input<T>("conv_bias"),
+                           c.input<T>("residual"),
+                           c.output<T>("output", int64_t{s.out_rows} * s.out_channels),
+                           s.out_rows,
+                           s.out_channels,
+                           s.out_channels % 8 == 0,
+                           c.workspace<float>(s.tiles_out * s.out_channels),
+                           c.workspace<float>(s.tiles_out * s.out_channels)};
   launch_conv2d_forward<Math, kBlockN>(p, c.output<float>("out_mean", s.out_channels),
                                        c.output<float>("out_var", s.out_channels), {});
 }
@@ -66,12 +76,19 @@ template <typename Math, int kBlockN, bool kPending>
 void backward_input(harness::Case& c) {
   using T = typename Math::T;
   const Sizes s(c);
-  const Conv2dBackwardInput<T> p{
-      matrix<T>(c, "grad_output", s.out_channels, s.offset), pending_of<T>(c, s),
-      matrix<T>(c, "conv_weight", s.channels, 0), s.scatter(), norm_of(c), c.input<T>("input"),
-      c.input<T>("grad_activation"), c.output<T>("grad_z", s.in_rows * s.channels), s.in_rows,
-      s.channels, s.channels % 8 == 0, c.workspace<float>(s.tiles_in * s.channels),
-      c.workspace<float>(s.tiles_in * s.channels)};
+  const Conv2dBackwardInput<T> p{matrix<T>(c, "grad_output", s.out_channels, s.offset),
+                                 pending_of<T>(c, s),
+                                 matrix<T>(c, "conv_weight", s.channels, 0),
+                                 s.scatter(),
+                                 norm_of(c),
+                                 c.input<T>("input"),
+                                 c.input<T>("grad_activation"),
+                                 c.output<T>("grad_z", s.in_rows * s.channels),
+                                 s.in_rows,
+                                 s.channels,
+                                 s.channels % 8 == 0,
+                                 c.workspace<float>(s.tiles_in * s.channels),
+                                 c.workspace<float>(s.tiles_in * s.channels)};
   launch_conv2d_backward_input<Math, kBlockN, kPending>(
       p, c.output<float>("grad_weight", s.channels), c.output<float>("grad_bias", s.channels), {});
 }
@@ -82,10 +99,14 @@ void backward_weight(harness::Case& c) {
   using Kernel = Conv2dBackwardWeightKernel<Math, kBlockN, kPending>;
   const Sizes s(c);
   const Splits splits = Kernel::splits(s.out_rows, s.out_channels, s.channels);
-  const Conv2dBackwardWeight<T> p{
-      matrix<T>(c, "grad_output", s.out_channels, s.offset), pending_of<T>(c, s),
-      matrix<T>(c, "input", s.channels, s.offset), s.gather(), norm_of(c), s.out_rows,
-      splits.rows, c.workspace<float>(splits.count * s.out_channels * s.channels)};
+  const Conv2dBackwardWeight<T> p{matrix<T>(c, "grad_output", s.out_channels, s.offset),
+                                  pending_of<T>(c, s),
+                                  matrix<T>(c, "input", s.channels, s.offset),
+                                  s.gather(),
+                                  norm_of(c),
+                                  s.out_rows,
+                                  splits.rows,
+                                  c.workspace<float>(splits.count * s.out_channels * s.channels)};
   launch_conv2d_backward_weight<Math, kBlockN, kPending>(
       p, c.output<T>("grad_conv_weight", s.out_channels * s.channels), {});
 }

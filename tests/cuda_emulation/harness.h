@@ -73,8 +73,8 @@ class Case {
           std::ofstream(folder_ + "/" + output.name + ".out", std::ios::binary)
               .write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
         } else if (bytes != first[i]) {
-          emulation::fail("%s depends on the order of the threads (seed %lld)",
-                          output.name.c_str(), static_cast<long long>(seed));
+          emulation::fail("%s depends on the order of the threads (seed %lld)", output.name.c_str(),
+                          static_cast<long long>(seed));
         }
       }
     }

@@ -29,12 +29,13 @@
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
-#define EMULATION_ASAN 1
+#define EMULATION_ASAN(call) call
 #else
-#define EMULATION_ASAN 0
+#define EMULATION_ASAN(call)
 #endif
 
-// For x86-64. Saves the callee's registers on the stack it leaves and takes them from the one it enters.
+// For x86-64. Saves the callee's registers on the stack it leaves and takes them from the one it
+// enters.
 extern "C" void emulation_switch(void** from, void* to);
 constexpr int kSavedWords = 6;
 asm(R"(
@@ -60,11 +61,11 @@ emulation_switch:
 )");
 namespace emulation {
 
-constexpr int kFailure = 70;          // exit status where a kernel misuses the machine
+constexpr int kFailure = 70;           // exit status where a kernel misuses the machine
 constexpr size_t kStack = 256 * 1024;  // committed by the system page by page
 constexpr unsigned kMaxThreads = 1024;
 
-inline uint64_t seed = 0;            // the thread and block order; set before a launch
+inline uint64_t seed = 0;  // the thread and block order; set before a launch
 inline const char* kernel_name = "";
 // Which edit is in force, of a copy of the kernels that has several behind switches.
 inline const int mutation = std::atoi(std::getenv("MUTATION") ? std::getenv("MUTATION") : "-1");
@@ -119,7 +120,7 @@ struct Fiber {
   uint3 index{};
   unsigned rank = 0;  // the fibre of lowest rank runs first
   State state = State::ready;
-  Site site;                 // of the barrier or warp operation it waits at
+  Site site;  // of the barrier or warp operation it waits at
   Collective body = nullptr;
   unsigned mask = 0;
   void* arguments = nullptr;
@@ -182,14 +183,16 @@ inline char* stack_of(unsigned thread) {
     if (memory == MAP_FAILED) std::abort();
     stack = static_cast<char*>(memory);
   }
-#if EMULATION_ASAN
-  __asan_unpoison_memory_region(stack, kStack);  // the last fibre never returned from its entry
-#endif
+  EMULATION_ASAN(__asan_unpoison_memory_region(
+      stack, kStack));  // the last fibre never returned from its entry
   return stack;
 }
 
 inline Block::Block(dim3 size, size_t dynamic_bytes, uint64_t order, std::function<void()> kernel)
-    : kernel_(std::move(kernel)), order_(order), random_(order), fibers_(size.x * size.y * size.z),
+    : kernel_(std::move(kernel)),
+      order_(order),
+      random_(order),
+      fibers_(size.x * size.y * size.z),
       dynamic_(dynamic_bytes) {
   current_ = this;
   for (unsigned t = 0; t < fibers_.size(); ++t) {
@@ -217,9 +220,8 @@ inline void Block::shuffle() {
 
 inline void Block::entry() {
   Block& block = current();
-#if EMULATION_ASAN
-  __sanitizer_finish_switch_fiber(nullptr, &block.scheduler_bottom_, &block.scheduler_size_);
-#endif
+  EMULATION_ASAN(
+      __sanitizer_finish_switch_fiber(nullptr, &block.scheduler_bottom_, &block.scheduler_size_));
   block.kernel_();
   block.leave(State::finished);
 }
@@ -227,26 +229,19 @@ inline void Block::entry() {
 inline void Block::enter(Fiber& fiber) {
   running_ = &fiber;
   threadIdx = fiber.index;
-#if EMULATION_ASAN
-  __sanitizer_start_switch_fiber(&scheduler_fake_stack_, fiber.stack, kStack);
-#endif
+  EMULATION_ASAN(__sanitizer_start_switch_fiber(&scheduler_fake_stack_, fiber.stack, kStack));
   emulation_switch(&scheduler_, fiber.stack_pointer);
-#if EMULATION_ASAN
-  __sanitizer_finish_switch_fiber(scheduler_fake_stack_, nullptr, nullptr);
-#endif
+  EMULATION_ASAN(__sanitizer_finish_switch_fiber(scheduler_fake_stack_, nullptr, nullptr));
 }
 
 inline void Block::leave(State state) {
   Fiber& fiber = *running_;
   fiber.state = state;
-#if EMULATION_ASAN
-  __sanitizer_start_switch_fiber(state == State::finished ? nullptr : &fiber.fake_stack,
-                                 scheduler_bottom_, scheduler_size_);
-#endif
+  EMULATION_ASAN(__sanitizer_start_switch_fiber(
+      state == State::finished ? nullptr : &fiber.fake_stack, scheduler_bottom_, scheduler_size_));
   emulation_switch(&fiber.stack_pointer, scheduler_);
-#if EMULATION_ASAN
-  __sanitizer_finish_switch_fiber(fiber.fake_stack, &scheduler_bottom_, &scheduler_size_);
-#endif
+  EMULATION_ASAN(
+      __sanitizer_finish_switch_fiber(fiber.fake_stack, &scheduler_bottom_, &scheduler_size_));
 }
 
 inline void Block::run() {
@@ -281,8 +276,8 @@ inline void Block::release_barrier() {
            first->site.line);
     }
     if (!(fiber.site == first->site)) {
-      fail("divergent barriers: thread %d waits at %s:%d, others at %s:%d", thread,
-           fiber.site.file, fiber.site.line, first->site.file, first->site.line);
+      fail("divergent barriers: thread %d waits at %s:%d, others at %s:%d", thread, fiber.site.file,
+           fiber.site.line, first->site.file, first->site.line);
     }
   }
   shuffle();
@@ -330,9 +325,8 @@ inline void run(const char* name, dim3 grid, dim3 block, size_t dynamic_bytes,
   kernel_name = name;
   const uint64_t blocks = static_cast<uint64_t>(grid.x) * grid.y * grid.z;
   const uint64_t threads = static_cast<uint64_t>(block.x) * block.y * block.z;
-  if (blocks == 0 || threads == 0 || threads > kMaxThreads || block.z > 64 ||
-      grid.x > INT32_MAX || grid.y > kMostRows || grid.z > kMostRows ||
-      dynamic_bytes > kMostShared) {
+  if (blocks == 0 || threads == 0 || threads > kMaxThreads || block.z > 64 || grid.x > INT32_MAX ||
+      grid.y > kMostRows || grid.z > kMostRows || dynamic_bytes > kMostShared) {
     fail("no GPU launches grid (%u, %u, %u), block (%u, %u, %u), %zu bytes of shared memory",
          grid.x, grid.y, grid.z, block.x, block.y, block.z, dynamic_bytes);
   }
