@@ -1,4 +1,4 @@
-"""What nvcc made of the CUDA kernels: architectures, registers, spills, wide accesses.
+"""What nvcc made of the CUDA kernels: architectures, registers, spills, wide accesses, HMMA.
 
 Read from the built library with the cuobjdump of the CUDA toolkit or of Triton.
 """
@@ -30,6 +30,13 @@ STREAMING = (
     "batch_norm_relu_backward_reduce",
     "batch_norm_relu_backward_apply",
 )
+# Kernels of each op's matrix product: types, tiles of 64 and 128 columns, gradients pending or not.
+PRODUCTS = {
+    "batch_norm_relu_conv2d": 6,
+    "batch_norm_relu_conv2d_backward_input": 10,
+    "batch_norm_relu_conv2d_backward_weight": 10,
+}
+REGISTERED = (*STREAMING, "batch_norm_relu_conv2d", "batch_norm_relu_conv2d_backward")
 
 
 def cuobjdump() -> str:
@@ -87,6 +94,13 @@ def short(mangled: str) -> str:
     start = match.end()
     name = mangled[start : start + int(match.group(1))]
     rest = mangled[start + int(match.group(1)) :]
+    product = re.match(
+        r"INS0_\d+(Half|Tf32|Float)Math(?:I\d+_+(half|nv_bfloat16)E)?ELi(\d+)E(?:Lb([01])E)?", rest
+    )
+    if product:
+        math, half, columns, pending = product.groups()
+        suffix = ", pending" if pending == "1" else ""
+        return f"{name}<{half or math.lower()}, {columns}{suffix}>"
     types = {"If": "float", "Id": "double", "I6__half": "half", "I13__nv_bfloat16": "bfloat16"}
     type_ = next((value for key, value in types.items() if rest.startswith(key)), "")
     layout = {"Lb1E": ", channels_last", "Lb0E": ", contiguous"}
@@ -107,7 +121,7 @@ def test_no_kernel_spills() -> None:
     columns = architectures()
     kernels = sorted({name for _, name in usage}, key=short)
     assert {arch for arch, _ in usage} == set(columns)
-    for op in STREAMING:
+    for op in (*STREAMING, *PRODUCTS):
         assert any(short(name).startswith(f"{op}_kernel<") for name in kernels), op
     width = max(len(short(name)) for name in kernels)
     print(f"\n{'registers':<{width}}  " + "  ".join(columns))
@@ -122,17 +136,18 @@ def test_no_kernel_spills() -> None:
     assert spilled == []
 
 
-@pytest.fixture(scope="module")
-def instructions() -> dict[str, str]:
-    """Machine code of each kernel for the first architecture, by short name."""
-    code = dump("-sass", "-arch", architectures()[0])
+@functools.cache
+def machine_code(architecture: str) -> dict[str, str]:
+    """Of each kernel, by short name."""
+    code = dump("-sass", "-arch", architecture)
     pieces = re.split(r"^\s*Function : (\S+)$", code, flags=re.MULTILINE)
     return {short(name): text for name, text in zip(pieces[1::2], pieces[2::2], strict=True)}
 
 
 @pytest.mark.parametrize("op", STREAMING)
-def test_streaming_kernels_move_16_bytes(op: str, instructions: dict[str, str]) -> None:
-    kernels = {name: code for name, code in instructions.items() if name.startswith(f"{op}_kernel")}
+def test_streaming_kernels_move_16_bytes(op: str) -> None:
+    every = machine_code(architectures()[0])
+    kernels = {name: code for name, code in every.items() if name.startswith(f"{op}_kernel")}
     assert len(kernels) == 8
     for name, code in kernels.items():
         loads = len(re.findall(r"\bLDG\.E\.128", code))
@@ -143,6 +158,24 @@ def test_streaming_kernels_move_16_bytes(op: str, instructions: dict[str, str]) 
             assert stores > 0, name
 
 
+@pytest.mark.parametrize("op", PRODUCTS)
+def test_matrix_products_use_tensor_cores_and_copy_16_bytes(op: str) -> None:
+    for architecture in architectures():
+        every = machine_code(architecture)
+        kernels = {name: code for name, code in every.items() if name.startswith(f"{op}_kernel")}
+        assert len(kernels) == PRODUCTS[op]
+        for name, code in kernels.items():
+            products = len(re.findall(r"\bHMMA\b", code))
+            copies = len(re.findall(r"\bLDGSTS\.E[.\w]*\.128", code))
+            print(f"{architecture} {name}: {products} HMMA, {copies} LDGSTS.128")
+            assert copies > 0, name
+            if "<float," in name:
+                assert products == 0, "float32 must not be multiplied in less"
+                assert "FFMA" in code
+            else:
+                assert products > 0, name
+
+
 def test_library_loads_without_a_gpu_and_registers_its_kernels() -> None:
     script = """
 import torch, preact
@@ -151,7 +184,7 @@ assert cpp.load("_C_cuda") == "", cpp.load("_C_cuda")
 for name in NAMES:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"preact::{name}", "CUDA"), name
 assert not torch.cuda.is_initialized()
-""".replace("NAMES", repr(STREAMING))
+""".replace("NAMES", repr(REGISTERED))
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -11,7 +11,6 @@ import preact
 from preact import plans
 from preact.backends import cpp
 
-TABLE = torch.ops.preact
 POINTWISE = ((1, 1), (0, 0), (1, 1), 1)
 
 
@@ -47,13 +46,13 @@ def test_a_bottleneck_runs_its_1x1_convolutions_fused(layout):
 
 
 def test_what_the_matrix_product_takes():
-    def fuses(input, weight, geometry=POINTWISE, table=TABLE):
-        return plans.fuses_convolution(table, input, weight, geometry, "forward")
+    def fuses(input, weight, geometry=POINTWISE, backend="cpp"):
+        return plans.fuses_convolution(backend, input, weight, geometry, "forward")
 
     with FakeTensorMode():
         x, weight = fake(2, 64, 8, 8), fake(32, 64, 1, 1)
         assert all(
-            plans.fuses_convolution(TABLE, x, weight, POINTWISE, work)
+            plans.fuses_convolution("cpp", x, weight, POINTWISE, work)
             for work in ("forward", "forward with statistics", "backward")
         )
         assert fuses(x, weight, ((2, 2), (0, 0), (1, 1), 1))
@@ -65,11 +64,13 @@ def test_what_the_matrix_product_takes():
         assert not fuses(x, fake(32, 32, 1, 1), ((1, 1), (0, 0), (1, 1), 2))
         assert not fuses(x.contiguous(), weight)
         assert not fuses(x, fake(4096, 64, 1, 1))
-        assert not fuses(x, weight, table=torch.ops.preact_triton)
+        for plan, fused in (("A", False), ("B", False), ("C", True), ("E", True)):
+            with plans.use_plan(plan):
+                assert fuses(x, weight) == fused
         assert not fuses(fake(2, 64, 8, 8, device="meta"), fake(32, 64, 1, 1, device="meta"))
 
 
 def test_the_kernels_learn_whether_float32_may_be_tf32(monkeypatch):
     for allowed in (True, False):
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
-        assert TABLE.allows_tf32() == allowed
+        assert torch.ops.preact.allows_tf32() == allowed

@@ -11,7 +11,7 @@ from preact import reference
 from preact.backends import cpp
 
 from . import test_ops as cpu
-from .tolerances import error, floor
+from .tolerances import assert_as_good_as_eager, error, floor
 
 OPS = torch.ops.preact
 DEVICE = "cuda"
@@ -179,3 +179,44 @@ def test_a_model_trains_as_in_eager():
         gradients[backend] = [leaf.grad, *(p.grad for p in unit.parameters())]
     for eager, fused in zip(gradients["reference"], gradients["cpp"], strict=True):
         torch.testing.assert_close(fused, eager, rtol=1e-3, atol=1e-3 * float(eager.abs().max()))
+
+
+@pytest.mark.parametrize("pending", [False, True])
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2)])
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_fused_convolution(dtype, kernel, stride, pending, monkeypatch):
+    """The matrix product (1x1) and what goes to the reference (3x3), as eager is to float64."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    last = torch.channels_last
+
+    def image(*shape: int) -> Tensor:
+        return torch.randn(shape).to(dtype).contiguous(memory_format=last)
+
+    x, weight = image(3, 72, 15, 14), (torch.randn(136, 72, kernel, kernel) / 9).to(dtype)
+    vectors = (*reference.batch_norm_stats(x), torch.randn(72), torch.randn(72))
+    geometry = (stride, (0, 0), (1, 1), 1)
+    output_size = reference.convolve(x, weight, None, *geometry).shape
+    residual, grad, following = (image(*output_size) for _ in range(3))
+    conv_bias, coefficients = torch.randn(136).to(dtype), torch.randn(4, 136)
+    extra = (following, coefficients) if pending else (None, None)
+    given = {
+        "batch_norm_relu_conv2d": (x, *vectors, 1e-5, weight, conv_bias, residual, *geometry),
+        "batch_norm_relu_conv2d_backward": (
+            grad, x, *vectors, 1e-5, weight, image(*x.shape), *geometry, *extra,
+        ),
+    }  # fmt: skip
+    for name, arguments in given.items():
+        on_device = to_device(*arguments)
+        outputs = results(name, tuple(on_device))
+        eager = getattr(reference, name)(*on_device)
+        exact = getattr(reference, name)(
+            *(cpu.double(a) if isinstance(a, Tensor) else a for a in arguments)
+        )
+        for index, (result, own, truth) in enumerate(zip(outputs, eager, exact, strict=True)):
+            assert result.stride() == own.stride()
+            spread = float(truth.abs().max()) * len(x) * 15 * 14 if result.dim() == 1 else 0.0
+            assert_as_good_as_eager(f"{name} {index}", result.cpu(), own.cpu(), truth, spread)
+        torch.library.opcheck(getattr(OPS, name).default, tuple(on_device))
+        again = results(name, tuple(on_device))
+        assert all(torch.equal(a, b) for a, b in zip(outputs, again, strict=True))
