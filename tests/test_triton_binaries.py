@@ -1,9 +1,13 @@
 """Every kernel on every architecture, every configuration, every type: what the code is.
 
-A covering part of ``python -m tests.evidence.matrix``, which compiles everything.
+A covering part of ``python -m tests.evidence.matrix``, whose table of one architecture of each kind
+is committed as ``benchmarks/results/binaries.csv``.
 """
 
 from __future__ import annotations
+
+import csv
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,14 +17,15 @@ pytest.importorskip("triton")
 from preact.triton_kernels.batch_norm_stats import batch_norm_stats
 
 from .evidence import calls, interpreter
-from .evidence.binaries import ARCHITECTURES, assert_widest, compile_launch
+from .evidence.binaries import ARCHITECTURES, SHARED_LIMIT, assert_widest, compile_launch
 from .evidence.launches import record
-from .evidence.matrix import Case, check
+from .evidence.matrix import Case, check, every_case
 
 pytestmark = pytest.mark.skipif(
     interpreter.ACTIVE, reason="TRITON_INTERPRET=1 leaves nothing to compile"
 )
 
+TABLE = Path(__file__).parent.parent / "benchmarks" / "results" / "binaries.csv"
 STREAMING = list(calls.streaming(calls.SHAPE, torch.float32, True))
 CONVOLUTION = list(calls.convolution(calls.WIDE[0], torch.float32))
 
@@ -41,14 +46,19 @@ def covering() -> list[Case]:
 
 
 @pytest.mark.parametrize("case", covering(), ids=str)
-def test_every_configuration(case: Case) -> None:
-    """Sound, with wide accesses or tensor cores; the merging kernels once for each architecture."""
-    seen = set()
-    for launch in case.launches():
-        small = "BLOCK_R" not in launch.bound() and "BLOCK_M" not in launch.bound()
-        if small and (launch.name in seen or case.op not in ("batch_norm_stats", "weight")):
-            continue
-        seen.add(launch.name)
+def test_configurations(case: Case) -> None:
+    """Sound, with wide accesses or tensor cores: the default, and the other ones in turn.
+
+    The merging kernels, which many ops share, with two of them.
+    """
+    found = case.launches()
+    main = [x for x in found if "BLOCK_R" in x.bound() or "BLOCK_M" in x.bound()] or found
+    *others, default = main
+    turn = ARCHITECTURES.index(case.arch)
+    chosen = [default, *(others[turn % len(others) :][:1] if others else [])]
+    if case.op in ("batch_norm_stats", "weight"):
+        chosen += [x for x in found if x.name.startswith("merge")][:1]
+    for launch in chosen:
         check(case, launch)
 
 
@@ -67,6 +77,24 @@ def test_the_covering_part_leaves_nothing_out() -> None:
         assert {case.arch for case in own} == set(ARCHITECTURES)
         assert {case.dtype for case in own} == {torch.float32, torch.bfloat16, torch.float16}
         assert len({case.of for case in own}) == 2, "both layouts, or both kernel sizes"
+
+
+def test_the_committed_table_is_whole_and_shows_no_spill() -> None:
+    with TABLE.open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    found = {(int(row["arch"]), row["maps"], row["dtype"]) for row in rows}
+    architectures = sorted({arch for arch, _, _ in found})
+    assert set(architectures) >= {80, 90, 100}
+    for case in every_case(architectures):
+        maps = case.of
+        if isinstance(maps, bool):
+            maps = "channels_last" if maps else "contiguous"
+        assert (case.arch, str(maps), str(case.dtype).removeprefix("torch.")) in found
+    for row in rows:
+        assert row["local_bytes"] == "0", row
+        assert int(row["shared_bytes"]) <= SHARED_LIMIT[int(row["arch"])] * 1024, row
+        if "conv2d" in row["kernel"] and row["product"] != "ieee":
+            assert float(row["instructions_per_tensor_core"]) > 0, row
 
 
 @pytest.mark.parametrize("op", STREAMING)
