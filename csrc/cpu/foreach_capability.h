@@ -1,5 +1,6 @@
 // Includes the file named by PREACT_KERNELS once per instruction set, each time in a namespace of
-// its own and with that set enabled, so that one source gives one binary for every processor.
+// its own and with that set enabled, so that one source gives one binary for every processor; and
+// that of PREACT_AMX_KERNELS for the set with tile registers alone.
 // Lambdas do not inherit the enabled set: kernels use structs.
 #include <algorithm>
 #include <cmath>
@@ -28,6 +29,19 @@
 #endif
 #define PREACT_STRING(...) #__VA_ARGS__
 
+#if PREACT_AMX && defined(PREACT_AMX_KERNELS)
+PREACT_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
+#define PREACT_VECTOR_BYTES 64
+namespace preact::amx {
+#include "cpu/vec.h"
+#include "cpu/sweep.h"
+#include PREACT_AMX_KERNELS
+}
+#undef PREACT_VECTOR_BYTES
+PREACT_END
+#endif
+
+#ifdef PREACT_KERNELS
 PREACT_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")
 #define PREACT_VECTOR_BYTES 64
 namespace preact::avx512 {
@@ -48,7 +62,9 @@ namespace preact::avx2 {
 #undef PREACT_VECTOR_BYTES
 PREACT_END
 #endif
+#endif
 
+#ifdef PREACT_KERNELS
 #define PREACT_VECTOR_BYTES 16
 namespace preact::baseline {
 #include "cpu/vec.h"
@@ -56,3 +72,4 @@ namespace preact::baseline {
 #include PREACT_KERNELS
 }
 #undef PREACT_VECTOR_BYTES
+#endif

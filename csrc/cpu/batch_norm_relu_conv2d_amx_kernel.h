@@ -1,0 +1,201 @@
+#include "cpu/amx.h"
+#include "cpu/conv2d_tile_amx.h"
+#include "cpu/conv2d_stage_amx.h"
+
+// Mean and m2 of a chunk's results, taken while tiles are written: sums of x - shift by lane, with
+// the mean so far as the shift (that of the first tile, which is written twice, to begin with).
+class TileMoments {
+ public:
+  TileMoments(int64_t channels, double* mean, double* m2)
+      : channels_(channels), mean_(mean), m2_(m2), lanes_(cpu::vector_size_of(channels)),
+        buffer_(3 * lanes_), started_(lanes_ / 32) {
+    std::fill_n(mean, channels, 0.0);
+    std::fill_n(m2, channels, 0.0);
+  }
+
+  float* shift() { return buffer_.data(); }
+  float* sum() { return buffer_.data() + lanes_; }
+  float* square() { return buffer_.data() + 2 * lanes_; }
+
+  // Whether the group of `lane` has no shift yet; the sums of `pixels` give one.
+  bool starts(int64_t lane) const { return !started_[lane / 32]; }
+  void start(int64_t lane, int64_t pixels) {
+    started_[lane / 32] = true;
+    for (int64_t i = lane; i < lane + 32; ++i) {
+      shift()[i] = total(sum(), i) / static_cast<float>(pixels);
+    }
+    std::fill_n(sum() + lane, 32, 0.0f);
+    std::fill_n(square() + lane, 32, 0.0f);
+  }
+
+  // `pixels` more are in the sums.
+  void add(int64_t pixels) {
+    constexpr int64_t kMost = 512;
+    pending_ += pixels;
+    if (pending_ >= kMost) merge();
+  }
+  void merge() {
+    if (pending_ == 0) return;
+    const auto added = static_cast<double>(pending_);
+    const MomentsMerge join(count_, added);
+    for (int64_t lane = 0; lane < lanes_; ++lane) {
+      const int64_t c = cpu::channel_of(lane, channels_);
+      if (c >= channels_ || (narrow() && lane % 16 >= 8)) continue;
+      const double of_sum = total(sum(), lane), offset = of_sum / added;
+      join(mean_[c], m2_[c], shift()[lane] + offset, total(square(), lane) - of_sum * offset);
+      shift()[lane] = static_cast<float>(mean_[c]);
+      if (narrow()) shift()[lane + 8] = shift()[lane];
+    }
+    std::fill_n(sum(), 2 * lanes_, 0.0f);
+    count_ += added;
+    pending_ = 0;
+  }
+
+ private:
+  bool narrow() const { return cpu::is_narrow(channels_); }
+  // Two lanes hold a narrow map's channel.
+  float total(const float* sums, int64_t lane) const {
+    return narrow() ? sums[lane % 8 + lane / 16 * 16] + sums[lane % 8 + lane / 16 * 16 + 8]
+                    : sums[lane];
+  }
+
+  int64_t channels_;
+  double *mean_, *m2_;
+  int64_t lanes_;
+  std::vector<float> buffer_;
+  std::vector<bool> started_;
+  int64_t pending_ = 0;
+  double count_ = 0;
+};
+
+// Two narrow pixels as tiles leave them, in order of their channels.
+struct NarrowPair {
+  Floats first, second;
+
+  PREACT_INLINE void add(Bits bits) {
+    first += widened(_mm512_castsi512_si256(bits));
+    second += widened(_mm512_extracti64x4_epi64(bits, 1));
+  }
+  static PREACT_INLINE Floats widened(__m256i bits) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+};
+
+// Bits of one wide or two narrow pixels of a map.
+template <bool NARROW>
+PREACT_INLINE Bits load_pixels(const BFloat16* map, const TileOutput& out, int64_t i) {
+  if constexpr (NARROW) {
+    return two_pixels(map + i, map + (out.stride == 16 ? i + 16 : i + out.stride));
+  } else {
+    return _mm512_maskz_loadu_epi16(out.lanes, map + i);
+  }
+}
+
+// Writes tiles of results, conv_bias and residual added, and takes their statistics.
+template <bool NARROW>
+struct ForwardEpilogue {
+  const float* bias;         // by lane, but of a narrow map in order; or null
+  const BFloat16* residual;  // like output, or null
+  BFloat16* output;
+  TileMoments* moments;
+
+  PREACT_INLINE Bits result(const float* sums, const TileOutput& out, int64_t i, bool two) const {
+    Floats a = _mm512_loadu_ps(sums), b = _mm512_loadu_ps(sums + 16);
+    if constexpr (NARROW) {
+      if (bias) {
+        a += _mm512_loadu_ps(bias);
+        b += _mm512_loadu_ps(bias);
+      }
+      if (residual) {
+        NarrowPair pair{a, b};
+        pair.add(_mm512_maskz_loadu_epi16(first_lanes(two ? 32 : 16), residual + i));
+        a = pair.first;
+        b = pair.second;
+      }
+      return joined(a, b);
+    }
+    if (bias) {
+      a += _mm512_loadu_ps(bias + out.lane);
+      b += _mm512_loadu_ps(bias + out.lane + 16);
+    }
+    if (residual) {
+      const Bits added = _mm512_maskz_loadu_epi16(out.lanes, residual + i);
+      a += even(added);
+      b += odd(added);
+    }
+    return rounded_pair(a, b);
+  }
+
+  PREACT_INLINE void operator()(const float* sums, const TileOutput& out) const {
+    if (moments->starts(out.lane)) {
+      write(sums, out);
+      moments->start(out.lane, out.pixels);
+    }
+    write(sums, out);
+  }
+
+  PREACT_INLINE void write(const float* sums, const TileOutput& out) const {
+    constexpr int64_t kPixels = NARROW ? 2 : 1;
+    float* const to_sum = moments->sum() + out.lane;
+    float* const to_square = moments->square() + out.lane;
+    const LaneValues shift = lane_values(moments->shift(), out.lane);
+    LaneValues sum = lane_values(to_sum, 0), square = lane_values(to_square, 0);
+    for (int64_t p = 0; p < out.pixels; p += kPixels) {
+      const int64_t i = out.offset + p * out.stride;
+      const bool two = p + 1 < out.pixels;
+      const Bits bits = result(sums + p * (NARROW ? 16 : 32), out, i, two);
+      const __mmask32 lanes = NARROW ? first_lanes(two ? 32 : 16) : out.lanes;
+      _mm512_mask_storeu_epi16(output + i, lanes, bits);
+      Floats e = even(bits) - shift.even, o = odd(bits) - shift.odd;
+      if (NARROW && !two) {
+        e = _mm512_maskz_mov_ps(0xff, e);
+        o = _mm512_maskz_mov_ps(0xff, o);
+      }
+      sum.even += e;
+      sum.odd += o;
+      square.even = _mm512_fmadd_ps(e, e, square.even);
+      square.odd = _mm512_fmadd_ps(o, o, square.odd);
+    }
+    _mm512_storeu_ps(to_sum, sum.even);
+    _mm512_storeu_ps(to_sum + 16, sum.odd);
+    _mm512_storeu_ps(to_square, square.even);
+    _mm512_storeu_ps(to_square + 16, square.odd);
+  }
+};
+
+template <bool NARROW>
+void forward_blocks(const cpu::TileForward& task, int64_t begin, int64_t end,
+                    TileMoments& moments) {
+  const Conv2dShape& s = task.blocks.shape;
+  const int64_t size = cpu::staged_size(task.staged);
+  auto* const staged = reinterpret_cast<BFloat16*>(
+      cpu::scratch(cpu::Slot::input, (size + kTile * 2) / 2));
+  std::memset(static_cast<void*>(staged), 0, (size + kTile) * sizeof(BFloat16));
+  const ForwardEpilogue<NARROW> epilogue{task.bias.empty() ? nullptr : task.bias.data(),
+                                         task.residual, task.output, &moments};
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t columns = task.blocks.columns(block, s.out_w);
+    const int64_t offset = block * s.out_h * s.out_w * s.out_channels;
+    const TileActivation source{task.norm.mean.data(), task.norm.scale.data(),
+                                task.norm.shift.data(),
+                                task.input + block * s.in_h * s.in_w * s.in_channels};
+    stage_tiles(source, s.in_h, task.blocks.columns(block, s.in_w), s.in_w, task.staged, staged);
+    tile_map<NARROW>(task.gather, columns, s.stride_w, staged, task.staged, task.weights,
+                     s.out_channels, s.out_w, offset, epilogue);
+    moments.add(s.out_h * columns);
+  }
+  moments.merge();
+}
+
+// Blocks [begin, end): normalised into the staged map, convolved, and the statistics of each result
+// taken on the way, into mean and m2 [O].
+inline void batch_norm_relu_conv2d_tiles(const cpu::TileForward& task, int64_t begin, int64_t end,
+                                         double* mean, double* m2) {
+  TileMoments moments(task.blocks.shape.out_channels, mean, m2);
+  if (cpu::is_narrow(task.blocks.shape.out_channels)) {
+    forward_blocks<true>(task, begin, end, moments);
+  } else {
+    forward_blocks<false>(task, begin, end, moments);
+  }
+  tile_release();
+}

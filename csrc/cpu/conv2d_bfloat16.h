@@ -1,0 +1,107 @@
+// How the bfloat16 convolutions lay out what they read: shared by kernels and host code.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/conv2d_direct.h"
+#include "cpu/element.h"
+
+namespace preact::cpu {
+
+// Channels come in groups of 32, zeros where they run out: a tile's row of one pixel. A map of 16
+// channels stays one of 16, and a row is two neighbouring pixels: two taps of the kernel at once.
+inline bool is_narrow(int64_t channels) { return channels == 16; }
+inline int64_t group_of(int64_t channels) { return is_narrow(channels) ? 16 : 32; }
+inline int64_t padded(int64_t channels) {
+  return (channels + group_of(channels) - 1) / group_of(channels) * group_of(channels);
+}
+
+// Per-channel values and sums stand as the halves of 32-bit words do: of each 32 channels those of
+// even index, then those of odd. Of 16 channels there are two pixels to a vector, so two of each.
+inline int64_t vector_size_of(int64_t channels) { return (channels + 31) / 32 * 32; }
+inline int64_t channel_of(int64_t lane, int64_t channels) {
+  const int64_t c = lane / 32 * 32 + lane % 16 * 2 + lane % 32 / 16;
+  return is_narrow(channels) ? c % 16 : c;
+}
+std::vector<float> by_lane(const float* values, int64_t channels);
+
+// A step of the sum over taps and input channels: 32 channels of one tap, or 16 of two neighbours.
+struct Step {
+  int64_t tap, next;  // indices in the kernel; next is -1 where there is none
+  int64_t channel;
+};
+
+// A gather as the tiles read it.
+struct TileGather {
+  Gather gather;
+  std::vector<Step> steps;
+  std::vector<int64_t> offsets;  // of each step in the staged map, in elements
+
+  TileGather(Gather gather, const Conv2dShape& shape, int64_t channels);
+};
+
+// Staged maps are [rows][columns][padded channels].
+inline int64_t staged_size(const Staged& s) { return s.rows * s.columns * padded(s.channels); }
+
+// Weights for a gather, [groups of outputs][steps][1 or 2 tiles][16 pairs of inputs][16][2].
+inline int64_t packed_tiles(int64_t outputs, const TileGather& gather) {
+  return padded(outputs) * static_cast<int64_t>(gather.steps.size()) * 32;
+}
+void pack_tiles(const BFloat16* weight, const WeightStrides& strides, const Conv2dShape& shape,
+                const TileGather& gather, bool transposed, BFloat16* packed);
+
+// The activation and the gradient as the gradient of the weight reads them, pixels in pairs: output
+// pixel (y, x) is number y * pitch + x, with zero gradients between rows. The activation, read at
+// stride * pixel + tap, has a plane for each phase of the stride.
+struct PairedPixels {
+  int64_t stride, pitch, steps;  // steps of 32 pixels
+  int64_t pairs;                 // of a plane of the activation
+  int64_t plane_bytes;
+  std::vector<int64_t> leads;    // pixels before a plane's first column, so that pairs are even
+
+  PairedPixels(const Conv2dShape& shape, const Staged& staged);
+  int64_t phases() const { return stride * stride; }
+};
+
+// Gradients of the weight [groups of outputs][groups of inputs][taps][inputs][outputs], channels
+// within each group by lane.
+inline int64_t weight_sums(const Conv2dShape& s) {
+  return padded(s.in_channels) * padded(s.out_channels) * s.taps();
+}
+void unpack_weight_sums(const float* sums, int64_t chunks, const WeightStrides& strides,
+                        const Conv2dShape& shape, BFloat16* gradient);
+
+// The batch norm of the input, by lane.
+struct TileNorm {
+  std::vector<float> mean, scale, shift;
+
+  TileNorm(const DirectNorm& norm, int64_t channels)
+      : mean(by_lane(norm.mean, channels)), scale(by_lane(norm.scale, channels)),
+        shift(by_lane(norm.shift, channels)) {}
+};
+
+struct TileForward {
+  DirectBlocks blocks;
+  Staged staged;
+  TileGather gather;
+  TileNorm norm;
+  std::vector<float> bias;  // by lane, but of 16 channels in order
+  const BFloat16 *input, *weights, *residual;
+  BFloat16* output;
+};
+
+struct TileBackward {
+  DirectBlocks blocks;
+  Staged staged, staged_grad;
+  std::vector<TileGather> phases;
+  std::vector<const BFloat16*> weights;  // packed for each phase
+  PairedPixels paired;
+  TileNorm norm;
+  const BFloat16 *input, *grad_output, *grad_activation;
+  const BFloat16* pending_input;    // null where grad_output is the gradient itself
+  std::vector<float> coefficients;  // [4][O], by lane: scale, slope, centre, offset
+  BFloat16* grad_z;
+};
+
+}  // namespace preact::cpu

@@ -1,0 +1,133 @@
+// The bfloat16 convolutions on tile registers. Included by kernels of the AMX level.
+
+using cpu::Staged;
+using cpu::TileGather;
+using Bits = __m512i;  // 32 bfloat16
+using Floats = __m512;
+
+constexpr int64_t kTile = 512;  // elements of a tile: 16 rows of 32
+
+// Values of even and of odd index.
+PREACT_INLINE Floats even(Bits bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)); }
+PREACT_INLINE Floats odd(Bits bits) {
+  return _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(-0x10000)));
+}
+// Rounded, `low` before `high`.
+PREACT_INLINE Bits joined(Floats low, Floats high) {
+  return reinterpret_cast<Bits>(_mm512_cvtne2ps_pbh(high, low));
+}
+// The halves of a vector taken in turn.
+PREACT_INLINE Bits interleaved(Bits halves) {
+  alignas(64) static constexpr uint16_t kOrder[32] = {
+      0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), halves);
+}
+PREACT_INLINE Bits rounded_pair(Floats evens, Floats odds) {
+  return interleaved(joined(evens, odds));
+}
+PREACT_INLINE __mmask32 first_lanes(int64_t count) {
+  return count >= 32 ? ~__mmask32{0} : (__mmask32{1} << count) - 1;
+}
+
+// 32 elements at `a`, or the 16 of a narrow pixel at `a` and the 16 at `b`; null is zeros.
+PREACT_INLINE Bits two_pixels(const BFloat16* a, const BFloat16* b) {
+  const auto* const first = reinterpret_cast<const __m256i*>(a);
+  const auto* const second = reinterpret_cast<const __m256i*>(b);
+  const Bits low = _mm512_castsi256_si512(_mm256_loadu_si256(first));
+  return _mm512_inserti64x4(low, b ? _mm256_loadu_si256(second) : __m256i{}, 1);
+}
+
+// Sums over steps of 2 tiles of pixels times 2 tiles of weights, or where NARROW 4 times 1, written as
+// [pixels][32], or [pixels][16].
+template <bool NARROW>
+__attribute__((noinline)) void multiply_tiles(const BFloat16* const* pixels, int64_t pixel_bytes,
+                                              const int64_t* offsets, int64_t steps,
+                                              const BFloat16* weights, float* sums) {
+  constexpr int64_t kRow = 64;
+  tile_zero<0>();
+  tile_zero<1>();
+  tile_zero<2>();
+  tile_zero<3>();
+  for (int64_t s = 0; s < steps; ++s) {
+    const int64_t at = offsets[s];
+    if constexpr (NARROW) {
+      tile_load<7>(weights + s * kTile, kRow);
+      tile_load<4>(pixels[0] + at, pixel_bytes);
+      tile_multiply<0, 4, 7>();
+      tile_load<5>(pixels[1] + at, pixel_bytes);
+      tile_multiply<1, 5, 7>();
+      tile_load<6>(pixels[2] + at, pixel_bytes);
+      tile_multiply<2, 6, 7>();
+      tile_load<4>(pixels[3] + at, pixel_bytes);
+      tile_multiply<3, 4, 7>();
+    } else {
+      tile_load<6>(weights + 2 * s * kTile, kRow);
+      tile_load<4>(pixels[0] + at, pixel_bytes);
+      tile_multiply<0, 4, 6>();
+      tile_load<7>(weights + (2 * s + 1) * kTile, kRow);
+      tile_multiply<1, 4, 7>();
+      tile_load<5>(pixels[1] + at, pixel_bytes);
+      tile_multiply<2, 5, 6>();
+      tile_multiply<3, 5, 7>();
+    }
+  }
+  if constexpr (NARROW) {
+    tile_store<0>(sums, kRow);
+    tile_store<1>(sums + 256, kRow);
+    tile_store<2>(sums + 512, kRow);
+    tile_store<3>(sums + 768, kRow);
+  } else {
+    tile_store<0>(sums, 2 * kRow);
+    tile_store<1>(sums + 16, 2 * kRow);
+    tile_store<2>(sums + 512, 2 * kRow);
+    tile_store<3>(sums + 528, 2 * kRow);
+  }
+}
+
+// Pixels of a tile: rows of the map are cut evenly.
+PREACT_INLINE int64_t tile_pixels(int64_t columns) {
+  const int64_t tiles = (columns + 15) / 16;
+  return (columns + tiles - 1) / tiles;
+}
+
+// Where the sums of a tile's pixels belong.
+struct TileOutput {
+  int64_t pixels, offset, stride;  // elements of the map: of the first pixel, between pixels
+  int64_t lane;                    // of the group's first channel in vectors by lane
+  __mmask32 lanes;                 // channels that exist
+};
+
+// All outputs of a gather, columns limited to `columns`, handed to epilogue(sums, output), which
+// counts elements from `offset` on.
+template <bool NARROW, typename Epilogue>
+void tile_map(const TileGather& tiled, int64_t columns, int64_t step, const BFloat16* staged,
+              const Staged& layout, const BFloat16* weights, int64_t channels, int64_t width,
+              int64_t offset, const Epilogue& epilogue) {
+  constexpr int kTiles = NARROW ? 4 : 2, kSums = NARROW ? 256 : 512;
+  const cpu::Gather& gather = tiled.gather;
+  const auto steps = static_cast<int64_t>(tiled.steps.size());
+  const int64_t most = tile_pixels(gather.columns), in_row = (columns + most - 1) / most;
+  const int64_t in_channels = cpu::padded(layout.channels), total = gather.rows * in_row;
+  alignas(64) float sums[1024];
+  tile_configure(TileConfig(static_cast<int>(most), NARROW));
+  for (int64_t c = 0; c < channels; c += 32, weights += steps * (NARROW ? 1 : 2) * kTile) {
+    for (int64_t first = 0; first < total; first += kTiles) {
+      const BFloat16* pixels[kTiles];
+      TileOutput outputs[kTiles];
+      for (int i = 0; i < kTiles; ++i) {
+        const int64_t tile = std::min(first + i, total - 1), y = tile / in_row;
+        const int64_t x = tile % in_row * most;
+        pixels[i] = staged + (y * gather.input_step_y * layout.columns + x * step) * in_channels;
+        outputs[i] = {std::min(most, columns - x),
+                      offset + ((gather.first_y + y * gather.step_y) * width + gather.first_x +
+                       x * gather.step_x) * channels + c,
+                      gather.step_x * channels, c, first_lanes(channels - c)};
+      }
+      multiply_tiles<NARROW>(pixels, step * in_channels * 2, tiled.offsets.data(), steps, weights,
+                             sums);
+      const int64_t count = std::min<int64_t>(kTiles, total - first);
+      for (int64_t i = 0; i < count; ++i) epilogue(sums + i * kSums, outputs[i]);
+    }
+  }
+}
