@@ -8,7 +8,15 @@ import torch
 from preact import reference
 from preact.backends import available
 
-from .tolerances import EAGER_FACTOR, assert_as_good_as_eager, distance, magnitude
+from .op_checks import check
+from .tolerances import (
+    EAGER_FACTOR,
+    assert_as_good_as_eager,
+    distance,
+    error,
+    floor,
+    magnitude,
+)
 
 OPS = torch.ops.preact
 CHANNELS_LAST = torch.channels_last
@@ -38,9 +46,16 @@ CASES = [
 ]
 
 
+VECTORS = ("mean", "var", "weight", "bias", "coefficients")
+
+
 def run(table, given, dtype):
     """Every result of both ops, with everything optional given, and with nothing of it."""
-    t = {k: v.to(dtype) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    vector = reference.accumulate_dtype(dtype)
+    t = {
+        k: v.to(vector if k in VECTORS else dtype) if isinstance(v, torch.Tensor) else v
+        for k, v in given.items()
+    }
     prefix = (t["x"], t["mean"], t["var"], t["weight"], t["bias"], 1e-5, t["conv_weight"])
     geometry = t["geometry"]
     plain = table.batch_norm_relu_conv2d(*prefix, None, None, *geometry)
@@ -60,9 +75,31 @@ def strides(tensor):
     return [s for s, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
 
 
+def rounded(tensor, dtype):
+    return tensor.to(dtype).float()
+
+
+def check_statistics_and_sums(found, given):
+    """They are of results as rounded: to be judged by one's own, not by eager's."""
+    for first in (0, 3):
+        expected = reference.batch_norm_stats(found[f"forward {first}"].double())
+        for index, value in enumerate(expected):
+            check("statistics", found[f"forward {first + 1 + index}"], value)
+    norm = (given["x"].double(), *(given[k].double() for k in VECTORS[:4]), 1e-5)
+    for first in (0, 4):
+        grad_z = found[f"backward {first}"].double()
+        expected = reference.batch_norm_relu_backward_reduce(grad_z, *norm)
+        terms = magnitude(reference.batch_norm_relu_backward_reduce(grad_z.abs(), *norm)[1])
+        for index, value in enumerate(expected):
+            result = found[f"backward {first + 1 + index}"]
+            spread = 32 * torch.finfo(result.dtype).eps * terms
+            assert error(result, value) <= spread + floor(result, value), (first, index)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("weight_format", [torch.contiguous_format, CHANNELS_LAST], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_as_near_to_float64_as_the_library(case, weight_format):
+def test_as_near_to_float64_as_the_library(case, weight_format, dtype):
     size, out_channels, kernel, stride, padding, dilation = case
     x = (torch.randn(size) * 2 + 1).contiguous(memory_format=CHANNELS_LAST)
     conv_weight = torch.randn(out_channels, size[1], *kernel)
@@ -78,15 +115,25 @@ def test_as_near_to_float64_as_the_library(case, weight_format):
         "grad": torch.randn(shape), "grad_activation": torch.randn(size),
         "pending": torch.randn(shape), "coefficients": torch.randn(4, out_channels),
     }  # fmt: skip
+    given = {
+        k: rounded(v, dtype) if isinstance(v, torch.Tensor) and k not in VECTORS else v
+        for k, v in given.items()
+    }
     # z of a random value within a rounding of zero may fall on either side in two types.
     norm = [given[k].double() for k in ("mean", "var", "weight", "bias")]
-    z = torch.nn.functional.batch_norm(x.double(), *norm)
-    given["x"] = torch.where(z.abs() < 1e-4, x + 0.01, x).contiguous(memory_format=CHANNELS_LAST)
-    found = run(OPS, given, torch.float32)
-    eager = run(reference, given, torch.float32)
+    z = torch.nn.functional.batch_norm(given["x"].double(), *norm)
+    moved = rounded(given["x"] + (0.01 if dtype == torch.float32 else 0.1), dtype)
+    given["x"] = torch.where(z.abs() < 1e-4, moved, given["x"])
+    given["x"] = given["x"].contiguous(memory_format=CHANNELS_LAST)
+    found = run(OPS, given, dtype)
+    eager = run(reference, given, dtype)
     exact = run(reference, given, torch.float64)
+    if dtype != torch.float32:
+        check_statistics_and_sums(found, given)
     for name, result in found.items():
         assert strides(result) == strides(eager[name]), name
+        if result.dtype != dtype:
+            continue
         assert_as_good_as_eager(name, result, eager[name], exact[name], magnitude(exact[name]))
 
 
@@ -114,10 +161,13 @@ def test_rounds_no_worse_than_the_library_over_large_maps(kernel):
         assert distance(ours, true) <= EAGER_FACTOR * distance(theirs, true), name
 
 
-def test_every_element_is_written():
+@pytest.mark.parametrize("channels", [16, 24])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_element_is_written(dtype, channels):
     """Memory that held NaN before shows where nothing was written to it."""
-    x = torch.randn(4, 24, 9, 7).contiguous(memory_format=CHANNELS_LAST)
-    prefix = (x, *OPS.batch_norm_stats(x), None, None, 1e-5, torch.randn(40, 24, 3, 3))
+    x = torch.randn(4, channels, 9, 7).contiguous(memory_format=CHANNELS_LAST).to(dtype)
+    conv_weight = torch.randn(40, channels, 3, 3).to(dtype)
+    prefix = (x, *OPS.batch_norm_stats(x), None, None, 1e-5, conv_weight)
     geometry = ([2, 2], [1, 1], [1, 1], 1)
     torch.use_deterministic_algorithms(True)
     try:

@@ -1,6 +1,7 @@
 #define PREACT_KERNELS "cpu/batch_norm_relu_conv2d_kernel.h"
 #include "cpu/foreach_capability.h"
 #include "cpu/conv2d_host.h"
+#include "cpu/conv2d_tiles_host.h"
 
 namespace preact::cpu {
 namespace {
@@ -62,14 +63,16 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_conv2d(
     const OptionalTensor& conv_bias, const OptionalTensor& residual, Pair stride, Pair padding,
     Pair dilation, int64_t groups) {
   const Conv2dShape shape = conv2d_shape(input, conv_weight, {stride, padding, dilation, groups});
-  if (!is_direct(input, conv_weight, shape, groups)) {
+  const bool tiled = is_tiled(input, conv_weight, shape, groups);
+  if (!tiled && !is_direct(input, conv_weight, shape, groups)) {
     return run_reference<3>("preact::batch_norm_relu_conv2d", input, mean, var, weight, bias, eps,
                             conv_weight, conv_bias, residual, stride, padding, dilation, groups);
   }
   check_conv2d_forward(input, shape, conv_bias, residual);
-  return direct(input, Affine<float>(input, mean, var, weight, bias, eps), conv_weight,
-                dense(conv_bias, MemoryFormat::Contiguous),
-                dense(residual, MemoryFormat::ChannelsLast), shape);
+  const auto run = tiled ? &tiled_forward : &direct;
+  return run(input, Affine<float>(input, mean, var, weight, bias, eps), conv_weight,
+             dense(conv_bias, MemoryFormat::Contiguous),
+             dense(residual, MemoryFormat::ChannelsLast), shape);
 }
 
 }  // namespace preact::cpu

@@ -68,29 +68,6 @@ class TileMoments {
   double count_ = 0;
 };
 
-// Two narrow pixels as tiles leave them, in order of their channels.
-struct NarrowPair {
-  Floats first, second;
-
-  PREACT_INLINE void add(Bits bits) {
-    first += widened(_mm512_castsi512_si256(bits));
-    second += widened(_mm512_extracti64x4_epi64(bits, 1));
-  }
-  static PREACT_INLINE Floats widened(__m256i bits) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-  }
-};
-
-// Bits of one wide or two narrow pixels of a map.
-template <bool NARROW>
-PREACT_INLINE Bits load_pixels(const BFloat16* map, const TileOutput& out, int64_t i) {
-  if constexpr (NARROW) {
-    return two_pixels(map + i, map + (out.stride == 16 ? i + 16 : i + out.stride));
-  } else {
-    return _mm512_maskz_loadu_epi16(out.lanes, map + i);
-  }
-}
-
 // Writes tiles of results, conv_bias and residual added, and takes their statistics.
 template <bool NARROW>
 struct ForwardEpilogue {
@@ -108,7 +85,7 @@ struct ForwardEpilogue {
       }
       if (residual) {
         NarrowPair pair{a, b};
-        pair.add(_mm512_maskz_loadu_epi16(first_lanes(two ? 32 : 16), residual + i));
+        pair.add(load_pixels<true>(residual, out, i, two));
         a = pair.first;
         b = pair.second;
       }
@@ -119,7 +96,7 @@ struct ForwardEpilogue {
       b += _mm512_loadu_ps(bias + out.lane + 16);
     }
     if (residual) {
-      const Bits added = _mm512_maskz_loadu_epi16(out.lanes, residual + i);
+      const Bits added = load_pixels<false>(residual, out, i, two);
       a += even(added);
       b += odd(added);
     }
@@ -144,8 +121,7 @@ struct ForwardEpilogue {
       const int64_t i = out.offset + p * out.stride;
       const bool two = p + 1 < out.pixels;
       const Bits bits = result(sums + p * (NARROW ? 16 : 32), out, i, two);
-      const __mmask32 lanes = NARROW ? first_lanes(two ? 32 : 16) : out.lanes;
-      _mm512_mask_storeu_epi16(output + i, lanes, bits);
+      store_pixels<NARROW>(output, out, i, two, bits);
       Floats e = even(bits) - shift.even, o = odd(bits) - shift.odd;
       if (NARROW && !two) {
         e = _mm512_maskz_mov_ps(0xff, e);
@@ -169,8 +145,8 @@ void forward_blocks(const cpu::TileForward& task, int64_t begin, int64_t end,
   const Conv2dShape& s = task.blocks.shape;
   const int64_t size = cpu::staged_size(task.staged);
   auto* const staged = reinterpret_cast<BFloat16*>(
-      cpu::scratch(cpu::Slot::input, (size + kTile * 2) / 2));
-  std::memset(static_cast<void*>(staged), 0, (size + kTile) * sizeof(BFloat16));
+      cpu::scratch(cpu::Slot::input, size / 2));
+  std::memset(static_cast<void*>(staged), 0, size * sizeof(BFloat16));
   const ForwardEpilogue<NARROW> epilogue{task.bias.empty() ? nullptr : task.bias.data(),
                                          task.residual, task.output, &moments};
   for (int64_t block = begin; block < end; ++block) {

@@ -1,18 +1,15 @@
 #define PREACT_KERNELS "cpu/batch_norm_relu_conv2d_backward_kernel.h"
 #include "cpu/foreach_capability.h"
 #include "cpu/conv2d_host.h"
+#include "cpu/conv2d_tiles_host.h"
 
 namespace preact::cpu {
 namespace {
 
-struct Gradients {
-  Tensor grad_z, grad_weight, grad_bias, grad_conv_weight;
-};
-
 void direct(const Tensor& grad_output, const Tensor& input, const Affine<float>& affine,
             const Tensor& conv_weight, const OptionalTensor& grad_activation,
             const OptionalTensor& pending_input, const OptionalTensor& coefficients,
-            const Conv2dShape& shape, Gradients& found) {
+            const Conv2dShape& shape, const ConvGradients& found) {
   // A chunk's sums of a large weight cost more than its blocks are worth to another thread.
   constexpr int64_t kSmallWeight = 8192, kMostChunks = 64, kMostLargeChunks = 16;
   DirectBackward task;
@@ -57,15 +54,7 @@ void direct(const Tensor& grad_output, const Tensor& input, const Affine<float>&
            sum_dz_x.data() + chunk * channels, sums + chunk * size);
     }
   });
-  for (int64_t c = 0; c < channels; ++c) {
-    for (int64_t chunk = 1; chunk < chunks.count; ++chunk) {
-      sum_dz[c] += sum_dz[chunk * channels + c];
-      sum_dz_x[c] += sum_dz_x[chunk * channels + c];
-    }
-    mutable_data<float>(found.grad_bias)[c] = static_cast<float>(sum_dz[c]);
-    mutable_data<float>(found.grad_weight)[c] =
-        static_cast<float>(sum_dz_x[c] * affine.invstd[c]);
-  }
+  write_norm_gradients(sum_dz, sum_dz_x, chunks.count, affine, found);
   unpack_weight_gradient(sums, chunks.count, weight_strides(found.grad_conv_weight), blocks,
                          mutable_data<float>(found.grad_conv_weight));
 }
@@ -82,19 +71,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_conv2d_backward(
     const OptionalTensor& pending_input, const OptionalTensor& coefficients) {
   const Conv2dShape shape =
       conv2d_shape(input, conv_weight, {stride, padding, dilation, groups});
-  if (!is_direct(input, conv_weight, shape, groups)) {
+  const bool tiled = is_tiled(input, conv_weight, shape, groups);
+  if (!tiled && !is_direct(input, conv_weight, shape, groups)) {
     return run_reference<4>("preact::batch_norm_relu_conv2d_backward", grad_output, input, mean, var,
                             weight, bias, eps, conv_weight, grad_activation, stride, padding,
                             dilation, groups, pending_input, coefficients);
   }
   check_conv2d_backward(grad_output, input, shape, grad_activation, pending_input, coefficients);
-  Gradients found{empty_like(input, MemoryFormat::ChannelsLast), empty_vector(input),
+  const ConvGradients found{empty_like(input, MemoryFormat::ChannelsLast), empty_vector(input),
                   empty_vector(input), empty_like(conv_weight, memory_format_of(conv_weight))};
-  direct(dense(grad_output, MemoryFormat::ChannelsLast), input,
-         Affine<float>(input, mean, var, weight, bias, eps), conv_weight,
-         dense(grad_activation, MemoryFormat::ChannelsLast),
-         dense(pending_input, MemoryFormat::ChannelsLast),
-         dense(coefficients, MemoryFormat::Contiguous), shape, found);
+  const auto run = tiled ? &tiled_backward : &direct;
+  run(dense(grad_output, MemoryFormat::ChannelsLast), input,
+      Affine<float>(input, mean, var, weight, bias, eps), conv_weight,
+      dense(grad_activation, MemoryFormat::ChannelsLast),
+      dense(pending_input, MemoryFormat::ChannelsLast),
+      dense(coefficients, MemoryFormat::Contiguous), shape, found);
   return {found.grad_z, found.grad_weight, found.grad_bias, found.grad_conv_weight};
 }
 

@@ -27,7 +27,15 @@ std::vector<float> by_lane(const float* values, int64_t channels) {
   return arranged;
 }
 
-TileGather::TileGather(Gather given, const Conv2dShape&, int64_t channels)
+std::vector<float> tile_bias(const BFloat16* bias, int64_t channels) {
+  std::vector<float> values(channels);
+  for (int64_t c = 0; c < channels; ++c) {
+    values[c] = std::bit_cast<float>(static_cast<uint32_t>(bias[c].bits) << 16);
+  }
+  return is_narrow(channels) ? values : by_lane(values.data(), channels);
+}
+
+TileGather::TileGather(Gather given, int64_t channels)
     : gather(std::move(given)) {
   const auto taps = static_cast<int64_t>(gather.taps.size());
   std::vector<int64_t> order(taps);

@@ -25,6 +25,8 @@ inline int64_t channel_of(int64_t lane, int64_t channels) {
   return is_narrow(channels) ? c % 16 : c;
 }
 std::vector<float> by_lane(const float* values, int64_t channels);
+// A convolution's bias, by lane but of 16 channels in order: as tiles leave their sums.
+std::vector<float> tile_bias(const BFloat16* bias, int64_t channels);
 
 // A step of the sum over taps and input channels: 32 channels of one tap, or 16 of two neighbours.
 struct Step {
@@ -38,11 +40,14 @@ struct TileGather {
   std::vector<Step> steps;
   std::vector<int64_t> offsets;  // of each step in the staged map, in elements
 
-  TileGather(Gather gather, const Conv2dShape& shape, int64_t channels);
+  TileGather(Gather gather, int64_t channels);
 };
 
-// Staged maps are [rows][columns][padded channels].
-inline int64_t staged_size(const Staged& s) { return s.rows * s.columns * padded(s.channels); }
+// Staged maps are [rows][columns][padded channels]. A row's last tile may read past its end, with
+// a stride of 2 as many as 32 pixels; what it finds there goes into sums that nobody reads.
+inline int64_t staged_size(const Staged& s) {
+  return (s.rows * s.columns + 32) * padded(s.channels);
+}
 
 // Weights for a gather, [groups of outputs][steps][1 or 2 tiles][16 pairs of inputs][16][2].
 inline int64_t packed_tiles(int64_t outputs, const TileGather& gather) {

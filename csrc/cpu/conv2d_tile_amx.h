@@ -131,3 +131,39 @@ void tile_map(const TileGather& tiled, int64_t columns, int64_t step, const BFlo
     }
   }
 }
+
+// Two narrow pixels as tiles leave them, in order of their channels.
+struct NarrowPair {
+  Floats first, second;
+
+  PREACT_INLINE void add(Bits bits) {
+    first += widened(_mm512_castsi512_si256(bits));
+    second += widened(_mm512_extracti64x4_epi64(bits, 1));
+  }
+  static PREACT_INLINE Floats widened(__m256i bits) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+};
+
+// A wide pixel of an output's map, or two narrow ones, of which there may be but one.
+template <bool NARROW>
+PREACT_INLINE Bits load_pixels(const BFloat16* map, const TileOutput& out, int64_t i, bool two) {
+  if constexpr (NARROW) {
+    return two_pixels(map + i, two ? map + i + out.stride : nullptr);
+  } else {
+    return _mm512_maskz_loadu_epi16(out.lanes, map + i);
+  }
+}
+template <bool NARROW>
+PREACT_INLINE void store_pixels(BFloat16* map, const TileOutput& out, int64_t i, bool two,
+                                Bits bits) {
+  if constexpr (NARROW) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(map + i), _mm512_castsi512_si256(bits));
+    if (two) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(map + i + out.stride),
+                          _mm512_extracti64x4_epi64(bits, 1));
+    }
+  } else {
+    _mm512_mask_storeu_epi16(map + i, out.lanes, bits);
+  }
+}

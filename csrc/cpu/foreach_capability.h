@@ -13,6 +13,7 @@
 #include "common/feature_map.h"
 #include "common/moments.h"
 #include "cpu/capability.h"
+#include "cpu/conv2d_bfloat16.h"
 #include "cpu/conv2d_winograd.h"
 #include "cpu/element.h"
 
@@ -30,6 +31,10 @@
 #define PREACT_STRING(...) #__VA_ARGS__
 
 #if PREACT_AMX && defined(PREACT_AMX_KERNELS)
+#if !defined(__clang__)  // GCC 11 and 12 warn of what their own intrinsics leave undefined on purpose
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
 PREACT_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
 #define PREACT_VECTOR_BYTES 64
 namespace preact::amx {

@@ -80,7 +80,8 @@ def _decide_own_convolutions() -> str:
 
 @functools.cache
 def _decide_on_this_processor() -> str:
-    return _decide_own_convolutions() if cpu_capability() in ("AVX512", "AVX2") else "library"
+    runs = cpu_capability() in ("AMX", "AVX512", "AVX2")
+    return _decide_own_convolutions() if runs else "library"
 
 
 @constant_to_compile
@@ -95,12 +96,27 @@ def _allows_own_convolutions() -> bool:
     return _decide_own_convolutions() != "library"
 
 
+@functools.cache
+def _decide_tiles() -> bool:
+    return cpu_capability() == "AMX"
+
+
+@constant_to_compile
+def _has_tiles() -> bool:
+    """Whether this processor has the registers that the bfloat16 convolutions run on."""
+    return _decide_tiles()
+
+
 # Weights up to which our convolution won against the library's between our passes, by whole
 # networks and single layers of ResNets and DenseNets, with AVX-512 and AVX2. Larger ones leave the
 # cache; without the statistics, which it takes almost for free, a forward gains least.
 _MOST_WEIGHTS = {"forward": 20_000, "forward with statistics": 70_000, "backward": 140_000}
 _MOST_WEIGHTS_WINOGRAD = {
     "forward": 600_000, "forward with statistics": 600_000, "backward": 300_000
+}  # fmt: skip
+# In bfloat16, on tile registers, it won all along, up to these sizes.
+_MOST_WEIGHTS_TILES = {
+    "forward": 140_000, "forward with statistics": 140_000, "backward": 140_000
 }  # fmt: skip
 
 
@@ -116,17 +132,19 @@ def prefers_direct(
     """
     stride, _, dilation, groups = geometry
     own = _own_convolutions()
-    winograd = (
-        own == "auto" and weight.shape[2:] == (3, 3) and stride == (1, 1) and dilation == (1, 1)
-    )
-    most = _MOST_WEIGHTS_WINOGRAD if winograd else _MOST_WEIGHTS
+    most = _MOST_WEIGHTS
+    if input.dtype == torch.bfloat16:
+        most = _MOST_WEIGHTS_TILES
+    elif own == "auto" and weight.shape[2:] == (3, 3) and stride == dilation == (1, 1):
+        most = _MOST_WEIGHTS_WINOGRAD
     return (
-        input.dtype == weight.dtype == torch.float32
+        own != "library"
+        and input.dtype == weight.dtype
+        and (input.dtype == torch.float32 or (input.dtype == torch.bfloat16 and _has_tiles()))
         and groups == 1
         and stride in ((1, 1), (2, 2))
         and memory_format_of(input) == torch.channels_last
         and weight.numel() <= most[work]
-        and own != "library"
     )
 
 

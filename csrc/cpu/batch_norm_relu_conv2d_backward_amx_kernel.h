@@ -1,0 +1,209 @@
+#include "cpu/amx.h"
+#include "cpu/conv2d_tile_amx.h"
+#include "cpu/conv2d_stage_amx.h"
+#include "cpu/conv2d_weight_amx.h"
+
+// Sums of dz and dz * (x - mean), by lane in float until they join the double ones.
+class TileSums {
+ public:
+  TileSums(int64_t channels, double* dz, double* dz_x)
+      : channels_(channels), lanes_(cpu::vector_size_of(channels)), dz_(dz), dz_x_(dz_x),
+        buffer_(2 * lanes_) {
+    std::fill_n(dz, channels, 0.0);
+    std::fill_n(dz_x, channels, 0.0);
+  }
+
+  float* dz() { return buffer_.data(); }
+  float* dz_x() { return buffer_.data() + lanes_; }
+
+  // `pixels` more are in the sums.
+  void add(int64_t pixels) {
+    constexpr int64_t kMost = 512;
+    pending_ += pixels;
+    if (pending_ >= kMost) flush();
+  }
+  void flush() {
+    for (int64_t lane = 0; lane < lanes_; ++lane) {
+      const int64_t c = cpu::channel_of(lane, channels_);
+      if (c >= channels_) continue;
+      dz_[c] += dz()[lane];
+      dz_x_[c] += dz_x()[lane];
+    }
+    std::fill(buffer_.begin(), buffer_.end(), 0.0f);
+    pending_ = 0;
+  }
+
+ private:
+  int64_t channels_, lanes_;
+  double *dz_, *dz_x_;
+  std::vector<float> buffer_;
+  int64_t pending_ = 0;
+};
+
+// Writes tiles of the input's gradient: adds grad_activation, applies the ReLU's mask, and takes the
+// sums of what is written.
+template <bool NARROW>
+struct BackwardEpilogue {
+  TileActivation activation;
+  const BFloat16* grad_activation;  // null where nothing is to be added
+  BFloat16* grad;
+  TileSums* sums;
+
+  PREACT_INLINE Bits result(const float* from, const TileOutput& out, int64_t i, bool two) const {
+    Floats a = _mm512_loadu_ps(from), b = _mm512_loadu_ps(from + 16);
+    if constexpr (NARROW) {
+      if (grad_activation) {
+        NarrowPair pair{a, b};
+        pair.add(load_pixels<true>(grad_activation, out, i, two));
+        a = pair.first;
+        b = pair.second;
+      }
+      return joined(a, b);
+    }
+    if (grad_activation) {
+      const Bits added = load_pixels<false>(grad_activation, out, i, two);
+      a += even(added);
+      b += odd(added);
+    }
+    return rounded_pair(a, b);
+  }
+
+  PREACT_INLINE void operator()(const float* from, const TileOutput& out) const {
+    constexpr int64_t kPixels = NARROW ? 2 : 1;
+    const auto values = activation.get(out.lane);
+    float* const to_dz = sums->dz() + out.lane;
+    float* const to_dz_x = sums->dz_x() + out.lane;
+    LaneValues dz = lane_values(to_dz, 0), dz_x = lane_values(to_dz_x, 0);
+    const Floats zero = _mm512_setzero_ps();
+    for (int64_t p = 0; p < out.pixels; p += kPixels) {
+      const int64_t i = out.offset + p * out.stride;
+      const bool two = p + 1 < out.pixels;
+      const Bits x = load_pixels<NARROW>(activation.map, out, i, two);
+      const Bits bits = result(from + p * (NARROW ? 16 : 32), out, i, two);
+      const Floats centred_even = even(x) - values.mean.even;
+      const Floats centred_odd = odd(x) - values.mean.odd;
+      // Not (z <= 0): a NaN passes, as where_active lets it.
+      __mmask16 evens = _mm512_cmp_ps_mask(
+          _mm512_fmadd_ps(centred_even, values.scale.even, values.shift.even), zero, _CMP_NLE_UQ);
+      __mmask16 odds = _mm512_cmp_ps_mask(
+          _mm512_fmadd_ps(centred_odd, values.scale.odd, values.shift.odd), zero, _CMP_NLE_UQ);
+      if (NARROW && !two) {
+        evens &= 0xff;
+        odds &= 0xff;
+      }
+      const Floats e = _mm512_maskz_mov_ps(evens, even(bits));
+      const Floats o = _mm512_maskz_mov_ps(odds, odd(bits));
+      const Bits masked =
+          _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(e), 16), _mm512_castps_si512(o));
+      store_pixels<NARROW>(grad, out, i, two, masked);
+      dz.even += e;
+      dz.odd += o;
+      dz_x.even = _mm512_fmadd_ps(e, centred_even, dz_x.even);
+      dz_x.odd = _mm512_fmadd_ps(o, centred_odd, dz_x.odd);
+    }
+    _mm512_storeu_ps(to_dz, dz.even);
+    _mm512_storeu_ps(to_dz + 16, dz.odd);
+    _mm512_storeu_ps(to_dz_x, dz_x.even);
+    _mm512_storeu_ps(to_dz_x + 16, dz_x.odd);
+  }
+};
+
+// Where a thread keeps what it staged of a block.
+struct BackwardBuffers {
+  BFloat16 *grad, *pairs, *grad_pairs;
+  char* planes;
+
+  explicit BackwardBuffers(const cpu::TileBackward& task) {
+    const Conv2dShape& s = task.blocks.shape;
+    const cpu::PairedPixels& p = task.paired;
+    const int64_t in = cpu::padded(s.in_channels), out = cpu::padded(s.out_channels);
+    const int64_t grad_size = up(cpu::staged_size(task.staged_grad));
+    const int64_t grad_pairs_size = p.steps * 32 * out;
+    const int64_t pairs_size = p.phases() * in * p.pairs * 2;
+    const int64_t planes_size = p.phases() * in * p.plane_bytes / 2;
+    grad = elements(cpu::Slot::grad_output, grad_size + grad_pairs_size);
+    grad_pairs = grad + grad_size;
+    pairs = elements(cpu::Slot::input, pairs_size + planes_size);
+    planes = reinterpret_cast<char*>(pairs + pairs_size);
+    std::memset(static_cast<void*>(grad), 0, (grad_size + grad_pairs_size) * sizeof(BFloat16));
+    std::memset(static_cast<void*>(pairs), 0, pairs_size * sizeof(BFloat16));
+  }
+
+ private:
+  static int64_t up(int64_t elements) { return (elements + 31) / 32 * 32; }
+  static BFloat16* elements(cpu::Slot slot, int64_t size) {
+    return reinterpret_cast<BFloat16*>(cpu::scratch(slot, size / 2));
+  }
+};
+
+template <bool NARROW>
+void backward_blocks(const cpu::TileBackward& task, int64_t begin, int64_t end, TileSums& sums,
+                     float* grad_weight) {
+  const Conv2dShape& s = task.blocks.shape;
+  const cpu::PairedPixels& paired = task.paired;
+  const Staged& layout = task.staged_grad;
+  const int64_t out = cpu::padded(s.out_channels);
+  const BackwardBuffers buffers(task);
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t in_columns = task.blocks.columns(block, s.in_w);
+    const int64_t out_columns = task.blocks.columns(block, s.out_w);
+    const int64_t offset = block * s.in_h * s.in_w * s.in_channels;
+    const int64_t out_offset = block * s.out_h * s.out_w * s.out_channels;
+    const BFloat16* const grad = task.grad_output + out_offset;
+    if (task.pending_input) {
+      const float* const rows = task.coefficients.data();
+      const int64_t lanes = cpu::vector_size_of(s.out_channels);
+      stage_tiles(TilePending{grad, task.pending_input + out_offset, rows, rows + lanes,
+                              rows + 2 * lanes, rows + 3 * lanes},
+                  s.out_h, out_columns, s.out_w, layout, buffers.grad);
+    } else {
+      stage_tiles(TileCopy{grad}, s.out_h, out_columns, s.out_w, layout, buffers.grad);
+    }
+    const TileActivation activation{task.norm.mean.data(), task.norm.scale.data(),
+                                    task.norm.shift.data(), task.input};
+    const BackwardEpilogue<NARROW> epilogue{activation, task.grad_activation, task.grad_z, &sums};
+    for (size_t i = 0; i < task.phases.size(); ++i) {
+      const TileGather& phase = task.phases[i];
+      // Only whole blocks have more than one phase.
+      const int64_t columns = s.stride_w == 1 ? in_columns : phase.gather.columns;
+      tile_map<NARROW>(phase, columns, 1, buffers.grad, layout, task.weights[i], s.in_channels,
+                       s.in_w, offset, epilogue);
+    }
+    sums.add(s.in_h * in_columns);
+
+    if (out_columns < s.out_w) {  // what the last block left must not count
+      std::memset(static_cast<void*>(buffers.grad_pairs), 0,
+                  paired.steps * 32 * out * sizeof(BFloat16));
+    }
+    const BFloat16* const origin =
+        buffers.grad + (layout.top * layout.columns + layout.left) * out;
+    stage_pairs(TileCopy{origin},
+                {s.out_h, out_columns, s.out_channels, out, layout.columns * out, 0, 0, 1}, paired,
+                paired.steps * 16, buffers.grad_pairs);
+    TileActivation source = activation;
+    source.map += offset;
+    stage_pairs(source,
+                {s.in_h, in_columns, s.in_channels, s.in_channels, s.in_w * s.in_channels,
+                 task.staged.top, task.staged.left, s.stride_w},
+                paired, paired.pairs, buffers.pairs);
+    weight_gradient(s, paired, task.staged, buffers.pairs, buffers.planes, buffers.grad_pairs,
+                    grad_weight);
+  }
+  sums.flush();
+}
+
+// Blocks [begin, end): gradients of the input, masked, with their sums in sum_dz and sum_dz_x [C],
+// and of the weight, as weight_sums says, in grad_weight.
+inline void batch_norm_relu_conv2d_backward_tiles(const cpu::TileBackward& task, int64_t begin,
+                                                  int64_t end, double* sum_dz, double* sum_dz_x,
+                                                  float* grad_weight) {
+  const Conv2dShape& s = task.blocks.shape;
+  std::fill_n(grad_weight, cpu::weight_sums(s), 0.0f);
+  TileSums sums(s.in_channels, sum_dz, sum_dz_x);
+  if (cpu::is_narrow(s.in_channels)) {
+    backward_blocks<true>(task, begin, end, sums, grad_weight);
+  } else {
+    backward_blocks<false>(task, begin, end, sums, grad_weight);
+  }
+  tile_release();
+}

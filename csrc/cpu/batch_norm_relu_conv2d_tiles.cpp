@@ -1,0 +1,53 @@
+#define PREACT_AMX_KERNELS "cpu/batch_norm_relu_conv2d_amx_kernel.h"
+#include "cpu/foreach_capability.h"
+#include "cpu/conv2d_tiles_host.h"
+
+namespace preact::cpu {
+
+std::tuple<Tensor, Tensor, Tensor> tiled_forward(const Tensor& input, const Affine<float>& affine,
+                                                 const Tensor& conv_weight,
+                                                 const OptionalTensor& bias,
+                                                 const OptionalTensor& residual,
+                                                 const Conv2dShape& shape) {
+#if PREACT_AMX
+  constexpr int64_t kMostChunks = 64;
+  const DirectBlocks direct = DirectBlocks::of(shape);
+  const Conv2dShape& blocks = direct.shape;
+  const Staged staged = stage_input(blocks);
+  Tensor output = empty_map({shape.batch, shape.out_channels, shape.out_h, shape.out_w}, input,
+                            MemoryFormat::ChannelsLast);
+  Tensor mean = empty_vector(output), var = empty_vector(output);
+  TileForward task{direct,
+                   staged,
+                   TileGather(forward_gather(blocks, staged), shape.in_channels),
+                   TileNorm(direct_norm(affine), shape.in_channels),
+                   {},
+                   data<BFloat16>(input),
+                   nullptr,
+                   residual ? data<BFloat16>(*residual) : nullptr,
+                   mutable_data<BFloat16>(output)};
+  if (bias) task.bias = tile_bias(data<BFloat16>(*bias), shape.out_channels);
+  BFloat16* const weights = packed_scratch(packed_tiles(shape.out_channels, task.gather));
+  pack_tiles(data<BFloat16>(conv_weight), weight_strides(conv_weight), blocks, task.gather, false,
+             weights);
+  task.weights = weights;
+
+  const BlockChunks chunks(blocks, kMostChunks);
+  const FeatureMap map{shape.batch, shape.out_channels, shape.out_h * shape.out_w, true};
+  const Chunks rows{chunks.count, chunks.size * blocks.out_h * blocks.out_w};
+  Partials partials(map, rows);
+  torch::stable::parallel_for(0, chunks.count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      amx::batch_norm_relu_conv2d_tiles(task, chunks.begin(chunk), chunks.end(blocks, chunk),
+                                        partials.first.data() + chunk * map.channels,
+                                        partials.second.data() + chunk * map.channels);
+    }
+  });
+  write_statistics<float>(partials, map, rows, mean, var);
+  return {output, mean, var};
+#else
+  STD_TORCH_CHECK(false, "built without tile registers");
+#endif
+}
+
+}  // namespace preact::cpu

@@ -1,0 +1,33 @@
+// The bfloat16 convolutions' side of the ops of the fused convolution.
+#pragma once
+
+#include "cpu/conv2d_bfloat16.h"
+#include "cpu/conv2d_host.h"
+
+namespace preact::cpu {
+
+// Whether the convolution on tile registers takes these: as is_direct, in bfloat16.
+inline bool is_tiled(const Tensor& input, const Tensor& weight, const Conv2dShape& shape,
+                     int64_t groups) {
+  return input.scalar_type() == ScalarType::BFloat16 &&
+         weight.scalar_type() == ScalarType::BFloat16 && groups == 1 && has_direct_stride(shape) &&
+         shape.batch > 0 && memory_format_of(input) == MemoryFormat::ChannelsLast &&
+         capability() == Capability::amx;
+}
+
+inline BFloat16* packed_scratch(int64_t size) {
+  return reinterpret_cast<BFloat16*>(scratch(Slot::weights, (size + 1) / 2));
+}
+
+std::tuple<Tensor, Tensor, Tensor> tiled_forward(const Tensor& input, const Affine<float>& affine,
+                                                 const Tensor& conv_weight,
+                                                 const OptionalTensor& bias,
+                                                 const OptionalTensor& residual,
+                                                 const Conv2dShape& shape);
+
+void tiled_backward(const Tensor& grad_output, const Tensor& input, const Affine<float>& affine,
+                    const Tensor& conv_weight, const OptionalTensor& grad_activation,
+                    const OptionalTensor& pending_input, const OptionalTensor& coefficients,
+                    const Conv2dShape& shape, const ConvGradients& found);
+
+}  // namespace preact::cpu
