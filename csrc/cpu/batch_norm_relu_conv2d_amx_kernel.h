@@ -113,10 +113,8 @@ struct ForwardEpilogue {
 
   PREACT_INLINE void write(const float* sums, const TileOutput& out) const {
     constexpr int64_t kPixels = NARROW ? 2 : 1;
-    float* const to_sum = moments->sum() + out.lane;
-    float* const to_square = moments->square() + out.lane;
     const LaneValues shift = lane_values(moments->shift(), out.lane);
-    LaneValues sum = lane_values(to_sum, 0), square = lane_values(to_square, 0);
+    LaneValues sum{}, square{};
     for (int64_t p = 0; p < out.pixels; p += kPixels) {
       const int64_t i = out.offset + p * out.stride;
       const bool two = p + 1 < out.pixels;
@@ -132,10 +130,8 @@ struct ForwardEpilogue {
       square.even = _mm512_fmadd_ps(e, e, square.even);
       square.odd = _mm512_fmadd_ps(o, o, square.odd);
     }
-    _mm512_storeu_ps(to_sum, sum.even);
-    _mm512_storeu_ps(to_sum + 16, sum.odd);
-    _mm512_storeu_ps(to_square, square.even);
-    _mm512_storeu_ps(to_square + 16, square.odd);
+    add_lanes(moments->sum() + out.lane, sum);
+    add_lanes(moments->square() + out.lane, square);
   }
 };
 

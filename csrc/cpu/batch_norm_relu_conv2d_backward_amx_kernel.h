@@ -71,9 +71,7 @@ struct BackwardEpilogue {
   PREACT_INLINE void operator()(const float* from, const TileOutput& out) const {
     constexpr int64_t kPixels = NARROW ? 2 : 1;
     const auto values = activation.get(out.lane);
-    float* const to_dz = sums->dz() + out.lane;
-    float* const to_dz_x = sums->dz_x() + out.lane;
-    LaneValues dz = lane_values(to_dz, 0), dz_x = lane_values(to_dz_x, 0);
+    LaneValues dz{}, dz_x{};
     const Floats zero = _mm512_setzero_ps();
     for (int64_t p = 0; p < out.pixels; p += kPixels) {
       const int64_t i = out.offset + p * out.stride;
@@ -101,10 +99,8 @@ struct BackwardEpilogue {
       dz_x.even = _mm512_fmadd_ps(e, centred_even, dz_x.even);
       dz_x.odd = _mm512_fmadd_ps(o, centred_odd, dz_x.odd);
     }
-    _mm512_storeu_ps(to_dz, dz.even);
-    _mm512_storeu_ps(to_dz + 16, dz.odd);
-    _mm512_storeu_ps(to_dz_x, dz_x.even);
-    _mm512_storeu_ps(to_dz_x + 16, dz_x.odd);
+    add_lanes(sums->dz() + out.lane, dz);
+    add_lanes(sums->dz_x() + out.lane, dz_x);
   }
 };
 

@@ -26,6 +26,12 @@ PREACT_INLINE LaneValues lane_values(const float* by_lane, int64_t lane) {
   return {_mm512_loadu_ps(by_lane + lane), _mm512_loadu_ps(by_lane + lane + 16)};
 }
 
+// A tile's own sums join those of the map: long running sums would round worse.
+PREACT_INLINE void add_lanes(float* sums, const LaneValues& values) {
+  _mm512_storeu_ps(sums, _mm512_loadu_ps(sums) + values.even);
+  _mm512_storeu_ps(sums + 16, _mm512_loadu_ps(sums + 16) + values.odd);
+}
+
 // relu((x - mean) * scale + shift)
 struct TileActivation {
   const float *mean, *scale, *shift;  // by lane
