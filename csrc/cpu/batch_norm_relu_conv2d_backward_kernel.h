@@ -47,14 +47,32 @@ struct MaskPass : ReducePass<float> {
   }
 };
 
-template <bool Add>
-void mask_rows(MaskPass<Add> pass, int64_t begin, int64_t end, int64_t channels, float* sums,
+// The reduce pass over a gradient in the cache: scale * dz is added to grad_skip, and only that is
+// written. What the sums add to the gradient of the input is not known yet and not in it.
+struct AddPass : ReducePass<float> {
+  static constexpr int kMaps = 4;
+  const float* grad_skip;
+  float* grad_input;
+
+  template <typename P>
+  PREACT_INLINE void element(Regs<P>& regs, int64_t i) const {
+    const auto centred = P::load(input + i) - regs.affine.mean;
+    const auto dz = where_active(regs.affine.z(centred), P::load(grad_output + i));
+    P::store(grad_input + i, madd(regs.affine.scale, dz, P::load(grad_skip + i)));
+    regs.dz += dz;
+    regs.dz_x = madd(dz, centred, regs.dz_x);
+  }
+};
+
+// Runs a pass over `rows` rows, `stride` apart, and adds its sums [C] to sum_dz and sum_dz_x.
+template <typename Pass>
+void mask_rows(Pass pass, int64_t rows, int64_t channels, int64_t stride, float* sums,
                double* sum_dz, double* sum_dz_x) {
   pass.sum_dz = sums;
   pass.sum_dz_x = sums + channels;
-  for (int64_t row = begin; row < end; row += kSumRows) {
+  for (int64_t row = 0; row < rows; row += kSumRows) {
     std::fill_n(sums, 2 * channels, 0.0f);
-    sweep_rows<float>(pass, row, std::min(row + kSumRows, end), channels);
+    sweep_rows<float>(pass, row, std::min(row + kSumRows, rows), channels, stride);
     for (int64_t c = 0; c < channels; ++c) {
       sum_dz[c] += sums[c];
       sum_dz_x[c] += sums[channels + c];
@@ -63,7 +81,8 @@ void mask_rows(MaskPass<Add> pass, int64_t begin, int64_t end, int64_t channels,
 }
 
 // Blocks [begin, end): gradients of the input, masked, with their sums in sum_dz and sum_dz_x [C],
-// and of the weight, packed as the weights are, in grad_weight.
+// either written or scaled and added to grad_skip, and of the weight, packed as the weights are, in
+// grad_weight.
 template <typename T>
 void batch_norm_relu_conv2d_backward_part(const cpu::DirectBackward& task, int64_t begin,
                                           int64_t end, double* sum_dz, double* sum_dz_x,
@@ -74,6 +93,9 @@ void batch_norm_relu_conv2d_backward_part(const cpu::DirectBackward& task, int64
   const auto weight_gradient =
       s.stride_w == 1 ? &direct_weight_gradient<kBlock> : &direct_weight_gradient<2 * kBlock>;
   const ChannelAffine<float> affine{task.norm.mean, task.norm.scale, task.norm.shift};
+  float* const added =
+      task.grad_z ? nullptr
+                  : cpu::scratch(cpu::Slot::grad_input, s.in_h * s.in_w * task.input_stride);
   std::vector<float> sums(2 * s.in_channels);
   std::fill_n(sum_dz, s.in_channels, 0.0);
   std::fill_n(sum_dz_x, s.in_channels, 0.0);
@@ -85,36 +107,42 @@ void batch_norm_relu_conv2d_backward_part(const cpu::DirectBackward& task, int64
   for (int64_t block = begin; block < end; ++block) {
     const int64_t in_columns = task.blocks.columns(block, s.in_w);
     const int64_t out_columns = task.blocks.columns(block, s.out_w);
-    const int64_t row = block * s.in_h * s.in_w, offset = row * s.in_channels;
-    const int64_t out_offset = block * s.out_h * s.out_w * s.out_channels;
-    stage(ActivationSource{affine, task.input + offset}, s.in_h, in_columns, task.staged, staged);
+    const int64_t row = block * s.in_h * s.in_w, offset = row * task.input_stride;
+    const int64_t out_offset = block * s.out_h * s.out_w * task.output_stride;
+    float* const grad_z = task.grad_z ? task.grad_z + offset : added;
+    stage(ActivationSource{affine, task.input + offset}, s.in_h, in_columns, task.input_stride,
+          task.staged, staged);
     const float* const grad = task.grad_output + out_offset;
     if (task.pending_input) {
       const float* const rows = task.coefficients;
       stage(PendingGradSource{grad, task.pending_input + out_offset, rows, rows + s.out_channels,
                               rows + 2 * s.out_channels, rows + 3 * s.out_channels},
-            s.out_h, out_columns, task.staged_grad, staged_grad);
+            s.out_h, out_columns, task.output_stride, task.staged_grad, staged_grad);
     } else {
-      stage(GradSource{grad}, s.out_h, out_columns, task.staged_grad, staged_grad);
+      stage(GradSource{grad}, s.out_h, out_columns, task.output_stride, task.staged_grad,
+            staged_grad);
     }
     if (task.winograd) {
       winograd_map(WinogradTiles::of(s.in_h, s.in_w), staged_grad, task.staged_grad,
-                   task.weights[0], s.in_channels, nullptr, nullptr, task.grad_z + offset);
+                   task.weights[0], s.in_channels, task.input_stride, nullptr, nullptr, grad_z);
     }
     for (size_t i = 0; i < task.phases.size(); ++i) {
       const Gather& phase = task.phases[i];
       // Only whole blocks have more than one phase.
       const int64_t columns = s.stride_w == 1 ? in_columns : phase.columns;
       direct_map<kBlock>(phase, columns, staged_grad, task.staged_grad, task.weights[i],
-                         s.in_channels, s.in_w, nullptr, nullptr, task.grad_z + offset);
+                         s.in_channels, s.in_w, task.input_stride, nullptr, nullptr, grad_z);
     }
-    const int64_t last = row + s.in_h * in_columns;
-    const ReducePass<float> reduce{affine, nullptr, task.input, nullptr, nullptr};
-    if (task.grad_activation) {
-      mask_rows(MaskPass<true>{reduce, task.grad_activation, task.grad_z}, row, last,
-                s.in_channels, sums.data(), sum_dz, sum_dz_x);
+    const int64_t rows = s.in_h * in_columns;
+    const ReducePass<float> reduce{affine, grad_z, task.input + offset, nullptr, nullptr};
+    if (!task.grad_z) {
+      mask_rows(AddPass{reduce, task.grad_skip + offset, task.grad_input + offset}, rows,
+                s.in_channels, task.input_stride, sums.data(), sum_dz, sum_dz_x);
+    } else if (task.grad_activation) {
+      mask_rows(MaskPass<true>{reduce, task.grad_activation + offset, grad_z}, rows, s.in_channels,
+                task.input_stride, sums.data(), sum_dz, sum_dz_x);
     } else {
-      mask_rows(MaskPass<false>{reduce, nullptr, task.grad_z}, row, last, s.in_channels,
+      mask_rows(MaskPass<false>{reduce, nullptr, grad_z}, rows, s.in_channels, task.input_stride,
                 sums.data(), sum_dz, sum_dz_x);
     }
     if (task.winograd) {

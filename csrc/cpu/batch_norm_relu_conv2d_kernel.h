@@ -12,21 +12,22 @@ void batch_norm_relu_conv2d_part(const cpu::DirectForward& task, int64_t begin, 
   float* const staged = cpu::staging(cpu::Slot::input, task.staged);
   const auto map = shape.stride_w == 1 ? &direct_map<kBlock> : &direct_map<2 * kBlock>;
   const InputSource<float> result{task.output};
-  ChunkStatistics<float, InputSource<float>> statistics(result, result, shape.out_channels, mean,
-                                                        m2);
+  ChunkStatistics<float, InputSource<float>> statistics(result, result, shape.out_channels,
+                                                        task.output_stride, mean, m2);
   for (int64_t block = begin; block < end; ++block) {
-    const float* const input = task.input + block * shape.in_h * shape.in_w * shape.in_channels;
+    const float* const input = task.input + block * shape.in_h * shape.in_w * task.input_stride;
     stage(ActivationSource{{task.norm.mean, task.norm.scale, task.norm.shift}, input}, shape.in_h,
-          task.blocks.columns(block, shape.in_w), task.staged, staged);
+          task.blocks.columns(block, shape.in_w), task.input_stride, task.staged, staged);
     const int64_t columns = task.blocks.columns(block, shape.out_w);
-    const int64_t row = block * shape.out_h * shape.out_w, offset = row * shape.out_channels;
+    const int64_t row = block * shape.out_h * shape.out_w, offset = row * task.output_stride;
     const float* const residual = task.residual ? task.residual + offset : nullptr;
     if (task.winograd) {
       winograd_map(WinogradTiles::of(shape.out_h, shape.out_w), staged, task.staged, task.weights,
-                   shape.out_channels, task.bias, residual, task.output + offset);
+                   shape.out_channels, task.output_stride, task.bias, residual,
+                   task.output + offset);
     } else {
       map(task.gather, columns, staged, task.staged, task.weights, shape.out_channels, shape.out_w,
-          task.bias, residual, task.output + offset);
+          task.output_stride, task.bias, residual, task.output + offset);
     }
     statistics.rows(row, row + shape.out_h * columns);
   }

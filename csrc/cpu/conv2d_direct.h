@@ -77,7 +77,9 @@ struct BlockChunks {
 
 // A buffer of this thread's own, aligned to cache lines and kept from call to call. What it holds
 // is undefined.
-enum class Slot { input, grad_output, weights, sums, transformed, products, gradient, count };
+enum class Slot {
+  input, grad_output, grad_input, weights, sums, transformed, products, gradient, count
+};
 float* scratch(Slot slot, int64_t size);
 
 // The same for a staged map, with zeros wherever staging does not write.
@@ -112,6 +114,7 @@ struct DirectForward {
   const float *input, *weights, *bias, *residual;
   float* output;
   bool winograd;
+  int64_t input_stride, output_stride;  // between pixels; residual's is the output's
 };
 
 struct DirectBackward {
@@ -124,8 +127,12 @@ struct DirectBackward {
   const float *input, *grad_output, *grad_activation;
   const float* pending_input;       // null where grad_output is the gradient itself
   const float* coefficients;        // [4, O]: scale, slope, centre, offset
-  float* grad_z;
-  bool winograd;                     // then the weights are transformed, of one phase
+  float* grad_z;                    // null where scale * grad_z is added to grad_skip instead:
+  const float* grad_skip;
+  float* grad_input;                // their sum; may be grad_skip
+  int64_t input_stride;             // between pixels of input and all gradients like it
+  int64_t output_stride;            // between pixels of grad_output and pending_input
+  bool winograd;                    // then the weights are transformed, of one phase
 };
 
 // A stride that is 1 or 2 in both directions is what the tiles are compiled for.

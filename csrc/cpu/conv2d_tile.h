@@ -151,11 +151,11 @@ PREACT_INLINE void direct_row(const float* input, const TileInput& in, const Til
 #undef PREACT_TILE_WIDTHS
 
 // All outputs of a gather, columns limited to `columns`: [row][column][channels] from `output` on,
-// `width` columns in a row of the map. `residual` is like output, bias [channels]; both may be null.
+// `width` columns in a row of the map, `stride` floats between them. `residual` is like output, bias [channels]; both may be null.
 template <int STEP>
 void direct_map(const Gather& gather, int64_t columns, const float* staged, const Staged& layout,
-                const float* weights, int64_t channels, int64_t width, const float* bias,
-                const float* residual, float* output) {
+                const float* weights, int64_t channels, int64_t width, int64_t stride,
+                const float* bias, const float* residual, float* output) {
   constexpr int64_t kLanes = Pack<float>::lanes;
   const auto taps = static_cast<int64_t>(gather.taps.size());
   const int64_t blocks = cpu::blocks_of(layout.channels);
@@ -168,8 +168,8 @@ void direct_map(const Gather& gather, int64_t columns, const float* staged, cons
     const int64_t lanes = std::min(group, channels - c);
     for (int64_t y = 0; y < gather.rows; ++y) {
       const int64_t offset =
-          ((gather.first_y + y * gather.step_y) * width + gather.first_x) * channels + c;
-      const TileOutput out{output + offset, gather.step_x * channels, lanes,
+          ((gather.first_y + y * gather.step_y) * width + gather.first_x) * stride + c;
+      const TileOutput out{output + offset, gather.step_x * stride, lanes,
                            bias ? bias + c : nullptr, residual ? residual + offset : nullptr};
       const float* row = staged + y * gather.input_step_y * layout.columns * kBlock;
       if (pair) {
@@ -272,17 +272,17 @@ void direct_weight_gradient(const Gather& gather, int64_t columns, const float* 
   }
 }
 
-// Writes a map [height][width][channels] into a staged one, each value as Source gives it:
-// value<P>(i, c) for the elements from offset i on, channels from c on.
+// Writes a map [height][width][channels], `stride` elements between pixels, into a staged one, each
+// value as Source gives it: value<P>(i, c) for the elements from offset i on, channels from c on.
 template <typename Source>
-void stage(const Source& source, int64_t height, int64_t width, const Staged& layout,
-           float* staged) {
+void stage(const Source& source, int64_t height, int64_t width, int64_t stride,
+           const Staged& layout, float* staged) {
   using P = Pack<float>;
   using S = Single<float>;
   const int64_t channels = layout.channels, block_stride = layout.block_stride();
   for (int64_t y = 0; y < height; ++y) {
     for (int64_t x = 0; x < width; ++x) {
-      const int64_t from = (y * width + x) * channels;
+      const int64_t from = (y * width + x) * stride;
       float* const to = staged + layout.origin() + (y * layout.columns + x) * kBlock;
       int64_t c = 0;
       for (; c + P::lanes <= channels; c += P::lanes) {

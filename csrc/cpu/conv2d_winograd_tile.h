@@ -109,8 +109,9 @@ inline void winograd_products(const float* transformed, int64_t tiles, int64_t i
 // A^T m A of `rows` rows of tiles from row `first` on, written like the outputs of direct_map.
 inline __attribute__((noinline)) void winograd_output(const float* sums, const WinogradTiles& map,
                                                       int64_t first, int64_t rows,
-                                                      int64_t channels, const float* bias,
-                                                      const float* residual, float* output) {
+                                                      int64_t channels, int64_t stride,
+                                                      const float* bias, const float* residual,
+                                                      float* output) {
   using P = Pack<float>;
   const int64_t tiles = rows * map.columns, width = cpu::blocks_of(channels) * kBlock;
   const int64_t position = cpu::position_stride(tiles, channels);
@@ -127,7 +128,7 @@ inline __attribute__((noinline)) void winograd_output(const float* sums, const W
         left[i] = a + b + d;
         right[i] = b - d - e;
       }
-      const TileOutput out{output + c, channels, std::min<int64_t>(P::lanes, channels - c),
+      const TileOutput out{output + c, stride, std::min<int64_t>(P::lanes, channels - c),
                            bias ? bias + c : nullptr, residual ? residual + c : nullptr};
       const FloatVector upper[2] = {left[0] + left[1] + left[2], right[0] + right[1] + right[2]};
       const FloatVector lower[2] = {left[1] - left[2] - left[3], right[1] - right[2] - right[3]};
@@ -141,11 +142,11 @@ inline __attribute__((noinline)) void winograd_output(const float* sums, const W
   }
 }
 
-// All outputs of a map, [row][column][channels]. `residual` is like output, bias [channels]; both
+// All outputs of a map, [row][column][channels], `stride` floats between pixels. `residual` is like output, bias [channels]; both
 // may be null.
 inline void winograd_map(const WinogradTiles& map, const float* staged, const Staged& layout,
-                         const float* weights, int64_t channels, const float* bias,
-                         const float* residual, float* output) {
+                         const float* weights, int64_t channels, int64_t stride,
+                         const float* bias, const float* residual, float* output) {
   const int64_t most = map.at_once();
   float* const transformed = cpu::scratch(
       cpu::Slot::transformed, kPositions * cpu::position_stride(most, layout.channels));
@@ -156,7 +157,7 @@ inline void winograd_map(const WinogradTiles& map, const float* staged, const St
     winograd_input(staged + 2 * row * layout.columns * kBlock, layout, rows, map.columns,
                    transformed);
     winograd_products(transformed, rows * map.columns, layout.channels, weights, channels, sums);
-    winograd_output(sums, map, row, rows, channels, bias, residual, output);
+    winograd_output(sums, map, row, rows, channels, stride, bias, residual, output);
   }
 }
 

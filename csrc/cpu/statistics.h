@@ -75,24 +75,25 @@ class ChunkStatistics {
   using A = accumulate_t<T>;
 
  public:
-  ChunkStatistics(Source source, Source again, int64_t channels, double* mean, double* m2)
-      : source_(source), again_(again), channels_(channels), mean_(mean), m2_(m2),
+  ChunkStatistics(Source source, Source again, int64_t channels, int64_t stride, double* mean,
+                  double* m2)
+      : source_(source), again_(again), channels_(channels), stride_(stride), mean_(mean), m2_(m2),
         buffer_(3 * channels),
         sums_{buffer_.data(), buffer_.data() + channels, buffer_.data() + 2 * channels} {
     std::fill(mean, mean + channels, 0.0);
     std::fill(m2, m2 + channels, 0.0);
   }
 
-  // Rows [begin, end) of a [rows, channels] matrix.
+  // Rows [begin, end) of a [rows, channels] matrix, `stride` apart.
   void rows(int64_t begin, int64_t end) {
     for (int64_t row = begin, stop; row < end; row = stop) {
       stop = std::min(row + (count_ == 0 ? kFirstTileRows : kTileRows), end);
       if (count_ == 0) {
-        sweep_rows<A>(StatisticsPass<T, Source>{source_, sums_}, row, stop, channels_);
+        sweep_rows<A>(StatisticsPass<T, Source>{source_, sums_}, row, stop, channels_, stride_);
         shift_to_mean(stop - row);
-        sweep_rows<A>(StatisticsPass<T, Source>{again_, sums_}, row, stop, channels_);
+        sweep_rows<A>(StatisticsPass<T, Source>{again_, sums_}, row, stop, channels_, stride_);
       } else {
-        sweep_rows<A>(StatisticsPass<T, Source>{source_, sums_}, row, stop, channels_);
+        sweep_rows<A>(StatisticsPass<T, Source>{source_, sums_}, row, stop, channels_, stride_);
       }
       merge(stop - row);
     }
@@ -134,7 +135,7 @@ class ChunkStatistics {
   }
 
   Source source_, again_;
-  int64_t channels_;
+  int64_t channels_, stride_;
   double *mean_, *m2_;
   std::vector<A> buffer_;
   ShiftedSums<A> sums_;
@@ -149,10 +150,10 @@ void statistics_task(Source source, Source again, const FeatureMap& map, const C
   const int64_t begin = chunks.begin(map, task), end = chunks.end(map, task);
   if (map.channels_last) {
     const int64_t first = task * map.channels;
-    ChunkStatistics<T, Source>(source, again, map.channels, mean + first, m2 + first)
+    ChunkStatistics<T, Source>(source, again, map.channels, map.channels, mean + first, m2 + first)
         .rows(begin, end);
   } else {
-    ChunkStatistics<T, Source> statistics(source, again, 1, mean + task, m2 + task);
+    ChunkStatistics<T, Source> statistics(source, again, 1, 1, mean + task, m2 + task);
     for (int64_t n = begin; n < end; ++n) {
       const int64_t plane = (n * map.channels + task % map.channels) * map.spatial;
       statistics.plane(plane, plane + map.spatial);

@@ -35,31 +35,38 @@ struct WithinChannel {
 };
 
 template <typename P, int Rows, typename Pass>
-PREACT_INLINE void sweep_channels(const Pass& pass, int64_t row, int64_t channels, int64_t& c) {
+PREACT_INLINE void sweep_channels(const Pass& pass, int64_t row, int64_t channels, int64_t stride,
+                                  int64_t& c) {
   for (; c + P::lanes <= channels; c += P::lanes) {
     auto regs = pass.template begin<P, AlongChannels>(c);
 #pragma GCC unroll 4
-    for (int r = 0; r < Rows; ++r) pass.template element<P>(regs, (row + r) * channels + c);
+    for (int r = 0; r < Rows; ++r) pass.template element<P>(regs, (row + r) * stride + c);
     pass.template end<P, AlongChannels>(regs, c);
   }
 }
 
-// Rows [begin, end) of a [rows, channels] matrix. Several rows share one load of the per-channel
-// values; each row is still read from end to end, which is what the prefetchers follow.
+// Rows [begin, end) of a [rows, channels] matrix, `stride` apart. Several rows share one load of the
+// per-channel values; each row is still read from end to end, which is what the prefetchers follow.
 template <typename A, typename Pass>
-PREACT_INLINE void sweep_rows(const Pass& pass, int64_t begin, int64_t end, int64_t channels) {
+PREACT_INLINE void sweep_rows(const Pass& pass, int64_t begin, int64_t end, int64_t channels,
+                              int64_t stride) {
   int64_t row = begin;
   const bool shared = Pass::kMaps == 1 || channels < kSharedChannels;
   for (; shared && row + kUnroll <= end; row += kUnroll) {
     int64_t c = 0;
-    sweep_channels<Pack<A>, kUnroll>(pass, row, channels, c);
-    sweep_channels<Single<A>, kUnroll>(pass, row, channels, c);
+    sweep_channels<Pack<A>, kUnroll>(pass, row, channels, stride, c);
+    sweep_channels<Single<A>, kUnroll>(pass, row, channels, stride, c);
   }
   for (; row < end; ++row) {
     int64_t c = 0;
-    sweep_channels<Pack<A>, 1>(pass, row, channels, c);
-    sweep_channels<Single<A>, 1>(pass, row, channels, c);
+    sweep_channels<Pack<A>, 1>(pass, row, channels, stride, c);
+    sweep_channels<Single<A>, 1>(pass, row, channels, stride, c);
   }
+}
+
+template <typename A, typename Pass>
+PREACT_INLINE void sweep_rows(const Pass& pass, int64_t begin, int64_t end, int64_t channels) {
+  sweep_rows<A>(pass, begin, end, channels, channels);
 }
 
 // Elements [begin, end), all of channel c. Independent accumulators hide the latency of an add.
