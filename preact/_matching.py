@@ -3,7 +3,8 @@
 The pattern is ``batch_norm -> relu -> (identity | inactive dropout)* -> conv2d``. Where the
 activation has other users than convolutions, batch norm and ReLU alone are fused and the
 activation stays available. Where a chain of prefixes ends in an addition of the chain's input, or
-of a convolution of its first activation, the whole residual unit is fused.
+of a convolution of its first activation, the whole residual unit is fused; where layers of two
+prefixes read all features before them, and these are concatenated, the whole dense block is.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import nn
 from torch.fx import Node
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
+from ._dense_block import DenseBlock, find_dense_block
 from ._shadow import original_class
 from ._tracing import Trace, is_hooked
 
@@ -26,6 +28,7 @@ BATCH_NORM_RELU = "batch_norm_relu"
 PREFIX = "batch_norm_relu_conv2d"
 SHARED_PREFIX = "batch_norm_relu_convs2d"
 UNIT = "residual_unit"
+DENSE_BLOCK = "dense_block"
 
 _RELU_FUNCTIONS = {F.relu, F.relu_, torch.relu, torch.relu_}
 _DROPOUT_FUNCTIONS = {F.dropout, F.dropout2d}
@@ -89,14 +92,17 @@ class Matches:
     """All that can be fused in one graph, and why each other batch norm cannot."""
 
     prefixes: list[Prefix] = field(default_factory=list)
-    """Those that are not part of a unit."""
+    """Those that are not part of a unit or of a dense block."""
     units: list[Unit] = field(default_factory=list)
+    dense_blocks: list[DenseBlock] = field(default_factory=list)
     reasons: dict[nn.Module, str] = field(default_factory=dict)
 
     def groups(self) -> list[tuple[str, list[Prefix], list[Node]]]:
         """Kind, prefixes and all nodes of each thing to fuse."""
         single = [(prefix.kind, [prefix], prefix.nodes) for prefix in self.prefixes]
-        return single + [(UNIT, unit.prefixes, unit.nodes) for unit in self.units]
+        units = [(UNIT, unit.prefixes, unit.nodes) for unit in self.units]
+        dense = [(DENSE_BLOCK, block.prefixes, block.nodes) for block in self.dense_blocks]
+        return single + units + dense
 
 
 def norm_reason(module: nn.Module) -> str | None:
@@ -269,7 +275,7 @@ class _Matcher:
         overwrites = add.target in (operator.iadd, "add_")
         for side in (0,) if overwrites else (0, 1):
             unit = self.unit_from(add, operands[side], operands[1 - side], by_conv)
-            if unit is not None and self.movable(unit):
+            if unit is not None and self.movable(unit.nodes):
                 return unit
         return None
 
@@ -296,13 +302,14 @@ class _Matcher:
                 return Unit(prefixes, None, add, between)
             end = prefix.input
 
-    def movable(self, unit: Unit) -> bool:
-        """Whether the unit may run as a whole where its first norm stands.
+    def movable(self, nodes: list[Node]) -> bool:
+        """Whether ``nodes`` may run as a whole where the first of them stands.
 
-        Anything in between that may write to the unit's input would be overtaken.
+        Anything in between that may write to their input would be overtaken.
         """
-        own = set(unit.nodes)
-        first, last = self.order[unit.prefixes[0].norm], self.order[unit.add]
+        own = set(nodes)
+        places = [self.order[node] for node in nodes]
+        first, last = min(places), max(places)
         between = [n for n, i in self.order.items() if first < i < last and n not in own]
         return all(self.is_pure(node) for node in between)
 
@@ -338,6 +345,15 @@ class _Matcher:
             if unit is not None and not any(id(p) in taken for p in unit.prefixes):
                 taken.update(id(p) for p in unit.prefixes)
                 self.found.units.append(unit)
+        for node in reversed(self.trace.graph.nodes):  # a block's last concatenation comes first
+            dense = find_dense_block(node, by_conv, self.back)
+            if (
+                dense is not None
+                and not any(id(p) in taken for p in dense.prefixes)
+                and self.movable(dense.nodes)
+            ):
+                taken.update(id(p) for p in dense.prefixes)
+                self.found.dense_blocks.append(dense)
         self.found.prefixes = [p for p in prefixes if id(p) not in taken]
         self.watch()
         return self.found

@@ -11,6 +11,7 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from . import modules
+from ._dense_block import DenseBlock
 from ._matching import Matches, Prefix, Unit
 
 _serial = itertools.count()
@@ -63,6 +64,22 @@ def _insert_unit(graph: Graph, unit: Unit, options: dict[str, Any]) -> None:
     _erase(graph, unit.nodes)
 
 
+def _insert_dense_block(graph: Graph, block: DenseBlock, options: dict[str, Any]) -> None:
+    with graph.inserting_before(block.prefixes[0].norm):
+        layers = [
+            tuple(
+                _reference(graph, call)
+                for prefix in layer
+                for call in (prefix.norm, prefix.convs[0])
+            )
+            for layer in block.layers
+        ]
+        args = (block.input, layers)
+        fused = graph.call_function(modules.fused_dense_block, args, dict(options))
+    block.output.replace_all_uses_with(fused)
+    _erase(graph, block.nodes)
+
+
 def rewrite(graph: Graph, matches: Matches, save_activation: bool) -> None:
     """Replace everything matched by calls of ``preact.modules``, each where its first norm stood.
 
@@ -74,6 +91,8 @@ def rewrite(graph: Graph, matches: Matches, save_activation: bool) -> None:
         _insert_prefix(graph, prefix, options)
     for unit in matches.units:
         _insert_unit(graph, unit, options)
+    for block in matches.dense_blocks:
+        _insert_dense_block(graph, block, options)
 
 
 def to_function(graph: Graph, name: str) -> Callable[..., Any]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import functional
+from . import dense, functional
 from .functional import Conv, Norm, Statistics
 from .synchronised import is_synchronised, synchronised_norm
 
@@ -136,6 +137,37 @@ def fused_unit(
     )
     _count_batch(*(bn for bn, _ in layers))
     return output, handed_on
+
+
+def fused_dense_block(
+    input: Tensor,
+    layers: Sequence[tuple[BatchNorm, nn.Conv2d, BatchNorm, nn.Conv2d]],
+    save_activation: bool = False,
+) -> Tensor:
+    """``input`` and what each layer makes of everything before it, concatenated.
+
+    Where the block cannot run as a whole it runs prefix by prefix.
+    """
+    norms = [bn for first, _, second, _ in layers for bn in (first, second)]
+    if not any(is_synchronised(bn) for bn in norms):
+        described = [
+            (
+                _norm_of(first, input if i == 0 else None),
+                _conv_of(conv),
+                _norm_of(second),
+                _conv_of(last),
+            )
+            for i, (first, conv, second, last) in enumerate(layers)
+        ]
+        if dense.is_fusible(input, described):
+            output = dense.dense_block(input, described)
+            _count_batch(*norms)
+            return output
+    features = [input]
+    for first, conv, second, last in layers:
+        (bottleneck,) = fused_prefix(torch.cat(features, 1), first, [conv], None, save_activation)
+        features += fused_prefix(bottleneck, second, [last], None, save_activation)
+    return torch.cat(features, 1)
 
 
 class BatchNormReLU2d(nn.BatchNorm2d):

@@ -47,6 +47,15 @@ SCHEMAS: dict[str, str] = {
         f"(Tensor grad_output, Tensor input, {_NORM}, float eps, Tensor conv_weight,"
         f" Tensor? grad_activation, {_CONV}, {_PENDING}) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
+    "batch_norm_relu_conv2d_into": (
+        f"(Tensor input, {_NORM}, float eps, Tensor conv_weight, {_CONV}, Tensor(a!) output)"
+        " -> (Tensor, Tensor)"
+    ),
+    "batch_norm_relu_conv2d_backward_add": (
+        f"(Tensor grad_output, Tensor input, {_NORM}, float eps, Tensor conv_weight, {_CONV},"
+        " Tensor? pending_input, Tensor? coefficients, Tensor grad_skip, Tensor(a!) grad_input)"
+        " -> (Tensor, Tensor, Tensor)"
+    ),
     "batch_norm_backward_coefficients": (
         "(Tensor input, Tensor mean, Tensor var, Tensor? weight, Tensor? grad_weight,"
         " Tensor? grad_bias, float eps) -> Tensor"
@@ -127,6 +136,16 @@ def _fake_conv2d_backward(
     return (*_fake_conv2d_backward_input(grad_output, input), grad_weight)
 
 
+def _fake_conv2d_into(input: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    return _vectors(arguments[-1], 2)
+
+
+def _fake_conv2d_backward_add(
+    grad_output: Tensor, input: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
+    return _fake_conv2d_backward(grad_output, input, *arguments)[1:]
+
+
 def _fake_coefficients(input: Tensor, *_: Any) -> Tensor:
     return input.new_empty(4, input.size(1), dtype=reference.accumulate_dtype(input.dtype))
 
@@ -141,11 +160,18 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "batch_norm_relu_conv2d_backward_input": _fake_conv2d_backward_input,
     "batch_norm_relu_conv2d_backward_weight": _fake_conv2d_backward_weight,
     "batch_norm_relu_conv2d_backward": _fake_conv2d_backward,
+    "batch_norm_relu_conv2d_into": _fake_conv2d_into,
+    "batch_norm_relu_conv2d_backward_add": _fake_conv2d_backward_add,
     "batch_norm_backward_coefficients": _fake_coefficients,
 }
 
 # Kernels of these serve part of what the ops take, and hand the rest on to the second overload.
-_PARTLY_NATIVE = ("batch_norm_relu_conv2d", "batch_norm_relu_conv2d_backward")
+_PARTLY_NATIVE = (
+    "batch_norm_relu_conv2d",
+    "batch_norm_relu_conv2d_into",
+    "batch_norm_relu_conv2d_backward",
+    "batch_norm_relu_conv2d_backward_add",
+)
 
 
 def define(

@@ -85,7 +85,8 @@ def fuses_convolution(
     """Whether ``weight`` convolves the BN-ReLU of ``input`` in a kernel of our own.
 
     ``work`` is "forward", "forward with statistics" of the result, or "backward"; each is chosen by
-    itself, as none needs what another leaves.
+    itself, as none needs what another leaves. "dense block" asks for all of it: such a block takes
+    no convolution of the library's.
     """
     if backend == "cpp":
         if current() in ("A", "B"):

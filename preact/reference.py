@@ -177,6 +177,32 @@ def batch_norm_relu_conv2d(
     return (output, *batch_norm_stats(output))
 
 
+def batch_norm_relu_conv2d_into(
+    input: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    conv_weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    output: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """``batch_norm_relu_conv2d`` written into ``output``; its mean and variance ``[O]``.
+
+    ``input`` and ``output`` may be some channels of wider maps.
+    """
+    prefix = (input, mean, var, weight, bias, eps, conv_weight)
+    found, *statistics = batch_norm_relu_conv2d(
+        *prefix, None, None, stride, padding, dilation, groups
+    )
+    output.copy_(found)
+    return statistics[0], statistics[1]
+
+
 def batch_norm_backward_coefficients(
     input: Tensor,
     mean: Tensor,
@@ -312,3 +338,36 @@ def batch_norm_relu_conv2d_backward(
     grad_z = preserve_layout(torch.where(z > 0, gradient.to(z.dtype), 0).to(input.dtype), input)
     sums = batch_norm_relu_backward_reduce(grad_z, input, mean, var, weight, bias, eps)
     return (grad_z, *sums, preserve_layout(grad_conv_weight, conv_weight))
+
+
+def batch_norm_relu_conv2d_backward_add(
+    grad_output: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    conv_weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    pending_input: Tensor | None,
+    coefficients: Tensor | None,
+    grad_skip: Tensor,
+    grad_input: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``batch_norm_relu_conv2d_backward`` without ``grad_z``, which is added up instead.
+
+    ``grad_input``, which may be ``grad_skip`` itself, becomes ``grad_skip + scale * grad_z``, with
+    ``scale`` of ``batch_norm_backward_coefficients``; the rest of those is left to the caller. All
+    maps may be some channels of wider ones.
+    """
+    grad_z, *found = batch_norm_relu_conv2d_backward(
+        grad_output, input, mean, var, weight, bias, eps, conv_weight, None, stride, padding,
+        dilation, groups, pending_input, coefficients,
+    )  # fmt: skip
+    scale = batch_norm_backward_coefficients(input, mean, var, weight, None, None, eps)[0]
+    grad_input.copy_(grad_skip + per_channel(scale, grad_z) * grad_z)
+    return found[0], found[1], found[2]

@@ -150,6 +150,8 @@ def test_opcheck(name, layout):
         "batch_norm_relu_conv2d": (x, *vectors, 1e-5, kernel, None, None, *geometry),
         "batch_norm_relu_conv2d_backward_input": backward,
         "batch_norm_relu_conv2d_backward_weight": backward,
+        "batch_norm_relu_conv2d_into": (*backward[1:], torch.empty_like(grad_output)),
+        "batch_norm_relu_conv2d_backward_add": (*backward, None, None, grad, torch.empty_like(x)),
         "batch_norm_relu_conv2d_backward": (*backward[:8], x, *geometry),
     }.get(name, (grad, x, *vectors, 1e-5))
     torch.library.opcheck(getattr(OPS, name).default, arguments)

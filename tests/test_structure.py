@@ -25,7 +25,7 @@ LAYERS = [
     {"prefix"},
     {"autograd"},
     {"checks", "functional"},
-    {"synchronised"},
+    {"synchronised", "dense"},
     {"modules"},
     {"models", "fuse"},
     {"environment", "__init__"},

@@ -6,10 +6,11 @@
 namespace preact::cpu {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> direct(const Tensor& input, const Affine<float>& affine,
-                                          const Tensor& conv_weight, const OptionalTensor& bias,
-                                          const OptionalTensor& residual,
-                                          const Conv2dShape& shape) {
+// Writes output and returns its mean and variance.
+std::tuple<Tensor, Tensor> direct(const Tensor& input, const Affine<float>& affine,
+                                  const Tensor& conv_weight, const OptionalTensor& bias,
+                                  const OptionalTensor& residual, const Conv2dShape& shape,
+                                  const Tensor& output) {
   constexpr int64_t kMostChunks = 64;
   DirectForward task;
   task.blocks = DirectBlocks::of(shape);
@@ -28,8 +29,6 @@ std::tuple<Tensor, Tensor, Tensor> direct(const Tensor& input, const Affine<floa
     pack_weights(data<float>(conv_weight), weight_strides(conv_weight), blocks,
                  task.gather.kernel, false, weights);
   }
-  Tensor output = empty_map({shape.batch, shape.out_channels, shape.out_h, shape.out_w}, input,
-                            MemoryFormat::ChannelsLast);
   Tensor mean = empty_vector(output), var = empty_vector(output);
   task.norm = direct_norm(affine);
   task.input = data<float>(input);
@@ -37,6 +36,8 @@ std::tuple<Tensor, Tensor, Tensor> direct(const Tensor& input, const Affine<floa
   task.bias = maybe_data(bias);
   task.residual = maybe_data(residual);
   task.output = mutable_data<float>(output);
+  task.input_stride = pixel_stride(input);
+  task.output_stride = pixel_stride(output);
 
   const BlockChunks chunks(blocks, kMostChunks);
   const FeatureMap map{shape.batch, shape.out_channels, shape.out_h * shape.out_w, true};
@@ -51,7 +52,7 @@ std::tuple<Tensor, Tensor, Tensor> direct(const Tensor& input, const Affine<floa
     }
   });
   write_statistics<float>(partials, map, rows, mean, var);
-  return {output, mean, var};
+  return {mean, var};
 }
 
 }  // namespace
@@ -69,14 +70,35 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_conv2d(
                             conv_weight, conv_bias, residual, stride, padding, dilation, groups);
   }
   check_conv2d_forward(input, shape, conv_bias, residual);
-  const auto run = tiled ? &tiled_forward : &direct;
-  return run(input, Affine<float>(input, mean, var, weight, bias, eps), conv_weight,
-             dense(conv_bias, MemoryFormat::Contiguous),
-             dense(residual, MemoryFormat::ChannelsLast), shape);
+  const Affine<float> affine(input, mean, var, weight, bias, eps);
+  const OptionalTensor its_bias = dense(conv_bias, MemoryFormat::Contiguous);
+  const OptionalTensor added = dense(residual, MemoryFormat::ChannelsLast);
+  if (tiled) return tiled_forward(input, affine, conv_weight, its_bias, added, shape);
+  Tensor output = empty_map({shape.batch, shape.out_channels, shape.out_h, shape.out_w}, input,
+                            MemoryFormat::ChannelsLast);
+  const auto [output_mean, output_var] =
+      direct(input, affine, conv_weight, its_bias, added, shape, output);
+  return {output, output_mean, output_var};
+}
+
+// The same, written into some channels of a wider map, whose statistics are returned.
+std::tuple<Tensor, Tensor> batch_norm_relu_conv2d_into(
+    const Tensor& input, const Tensor& mean, const Tensor& var, const OptionalTensor& weight,
+    const OptionalTensor& bias, double eps, const Tensor& conv_weight, Pair stride, Pair padding,
+    Pair dilation, int64_t groups, Tensor output) {
+  const Conv2dShape shape = conv2d_shape(input, conv_weight, {stride, padding, dilation, groups});
+  check_result_like(output, shape, input, "output");
+  if (!is_direct_slice(input, conv_weight, shape, groups) || pixel_stride(output) == 0) {
+    return run_reference<2>("preact::batch_norm_relu_conv2d_into", input, mean, var, weight, bias,
+                            eps, conv_weight, stride, padding, dilation, groups, output);
+  }
+  return direct(input, Affine<float>(input, mean, var, weight, bias, eps), conv_weight,
+                std::nullopt, std::nullopt, shape, output);
 }
 
 }  // namespace preact::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(preact, CPU, m) {
   m.impl("batch_norm_relu_conv2d", TORCH_BOX(&preact::cpu::batch_norm_relu_conv2d));
+  m.impl("batch_norm_relu_conv2d_into", TORCH_BOX(&preact::cpu::batch_norm_relu_conv2d_into));
 }

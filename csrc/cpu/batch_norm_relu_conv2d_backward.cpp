@@ -6,13 +6,13 @@
 namespace preact::cpu {
 namespace {
 
-void direct(const Tensor& grad_output, const Tensor& input, const Affine<float>& affine,
-            const Tensor& conv_weight, const OptionalTensor& grad_activation,
+// `task` says where the gradient of the input goes.
+void direct(DirectBackward task, const Tensor& grad_output, const Tensor& input,
+            const Affine<float>& affine, const Tensor& conv_weight,
             const OptionalTensor& pending_input, const OptionalTensor& coefficients,
             const Conv2dShape& shape, const ConvGradients& found) {
   // A chunk's sums of a large weight cost more than its blocks are worth to another thread.
   constexpr int64_t kSmallWeight = 8192, kMostChunks = 64, kMostLargeChunks = 16;
-  DirectBackward task;
   task.blocks = DirectBlocks::of(shape);
   const Conv2dShape& blocks = task.blocks.shape;
   task.winograd = has_winograd(blocks);
@@ -38,10 +38,10 @@ void direct(const Tensor& grad_output, const Tensor& input, const Affine<float>&
   task.norm = direct_norm(affine);
   task.input = data<float>(input);
   task.grad_output = data<float>(grad_output);
-  task.grad_activation = maybe_data(grad_activation);
   task.pending_input = maybe_data(pending_input);
   task.coefficients = maybe_data(coefficients);
-  task.grad_z = mutable_data<float>(found.grad_z);
+  task.input_stride = pixel_stride(input);
+  task.output_stride = pixel_stride(grad_output);
 
   const BlockChunks chunks(blocks, size <= kSmallWeight ? kMostChunks : kMostLargeChunks);
   float* const sums = scratch(Slot::sums, chunks.count * size);
@@ -80,13 +80,55 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_conv2d_backward(
   check_conv2d_backward(grad_output, input, shape, grad_activation, pending_input, coefficients);
   const ConvGradients found{empty_like(input, MemoryFormat::ChannelsLast), empty_vector(input),
                   empty_vector(input), empty_like(conv_weight, memory_format_of(conv_weight))};
-  const auto run = tiled ? &tiled_backward : &direct;
-  run(dense(grad_output, MemoryFormat::ChannelsLast), input,
-      Affine<float>(input, mean, var, weight, bias, eps), conv_weight,
-      dense(grad_activation, MemoryFormat::ChannelsLast),
-      dense(pending_input, MemoryFormat::ChannelsLast),
-      dense(coefficients, MemoryFormat::Contiguous), shape, found);
+  const Affine<float> affine(input, mean, var, weight, bias, eps);
+  const OptionalTensor activation = dense(grad_activation, MemoryFormat::ChannelsLast);
+  const OptionalTensor rows = dense(coefficients, MemoryFormat::Contiguous);
+  // Some channels of a wider map are read where they are.
+  const bool strided = !tiled && pixel_stride(grad_output) > 0 &&
+                       (!pending_input || pixel_stride(*pending_input) == pixel_stride(grad_output));
+  const Tensor gradient = strided ? grad_output : dense(grad_output, MemoryFormat::ChannelsLast);
+  const OptionalTensor following =
+      strided ? pending_input : dense(pending_input, MemoryFormat::ChannelsLast);
+  if (tiled) {
+    tiled_backward(gradient, input, affine, conv_weight, activation, following, rows, shape, found);
+  } else {
+    DirectBackward task{};
+    task.grad_z = mutable_data<float>(found.grad_z);
+    task.grad_activation = maybe_data(activation);
+    direct(task, gradient, input, affine, conv_weight, following, rows, shape, found);
+  }
   return {found.grad_z, found.grad_weight, found.grad_bias, found.grad_conv_weight};
+}
+
+// The same for some channels of a wider map: what grad_z contributes to their gradient is added to
+// grad_skip, and their sum written to grad_input, which may be grad_skip itself. What the sums
+// contribute is left out, linear in input as batch_norm_backward_coefficients have it.
+std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_conv2d_backward_add(
+    const Tensor& grad_output, const Tensor& input, const Tensor& mean, const Tensor& var,
+    const OptionalTensor& weight, const OptionalTensor& bias, double eps, const Tensor& conv_weight,
+    Pair stride, Pair padding, Pair dilation, int64_t groups, const OptionalTensor& pending_input,
+    const OptionalTensor& coefficients, const Tensor& grad_skip, Tensor grad_input) {
+  const Conv2dShape shape =
+      conv2d_shape(input, conv_weight, {stride, padding, dilation, groups});
+  const int64_t step = pixel_stride(input), grad_step = pixel_stride(grad_output);
+  if (!is_direct_slice(input, conv_weight, shape, groups) || pixel_stride(grad_skip) != step ||
+      pixel_stride(grad_input) != step || grad_step == 0 ||
+      (pending_input && pixel_stride(*pending_input) != grad_step)) {
+    return run_reference<3>("preact::batch_norm_relu_conv2d_backward_add", grad_output, input, mean,
+                            var, weight, bias, eps, conv_weight, stride, padding, dilation, groups,
+                            pending_input, coefficients, grad_skip, grad_input);
+  }
+  check_conv2d_backward(grad_output, input, shape, std::nullopt, pending_input, coefficients);
+  check_like(grad_skip, input, "grad_skip");
+  check_like(grad_input, input, "grad_input");
+  DirectBackward task{};
+  task.grad_skip = data<float>(grad_skip);
+  task.grad_input = mutable_data<float>(grad_input);
+  const ConvGradients found{grad_input, empty_vector(input), empty_vector(input),
+                            empty_like(conv_weight, memory_format_of(conv_weight))};
+  direct(task, grad_output, input, Affine<float>(input, mean, var, weight, bias, eps), conv_weight,
+         pending_input, dense(coefficients, MemoryFormat::Contiguous), shape, found);
+  return {found.grad_weight, found.grad_bias, found.grad_conv_weight};
 }
 
 }  // namespace preact::cpu
@@ -94,4 +136,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_conv2d_backward(
 STABLE_TORCH_LIBRARY_IMPL(preact, CPU, m) {
   m.impl("batch_norm_relu_conv2d_backward",
          TORCH_BOX(&preact::cpu::batch_norm_relu_conv2d_backward));
+  m.impl("batch_norm_relu_conv2d_backward_add",
+         TORCH_BOX(&preact::cpu::batch_norm_relu_conv2d_backward_add));
 }

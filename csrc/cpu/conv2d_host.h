@@ -7,13 +7,19 @@
 
 namespace preact::cpu {
 
-// Whether the direct convolution takes these: float32 in channels_last, no groups, a stride its
-// tiles are compiled for. Everything else runs as the reference does.
+// Whether the direct convolution takes some channels of a channels_last map: float32, no groups, a
+// stride its tiles are compiled for. Everything else runs as the reference does.
+inline bool is_direct_slice(const Tensor& input, const Tensor& weight, const Conv2dShape& shape,
+                            int64_t groups) {
+  return input.scalar_type() == ScalarType::Float && weight.scalar_type() == ScalarType::Float &&
+         groups == 1 && has_direct_stride(shape) && shape.batch > 0 && pixel_stride(input) > 0;
+}
+
+// The same for a whole map, of a layout that its results take.
 inline bool is_direct(const Tensor& input, const Tensor& weight, const Conv2dShape& shape,
                       int64_t groups) {
-  return input.scalar_type() == ScalarType::Float && weight.scalar_type() == ScalarType::Float &&
-         groups == 1 && has_direct_stride(shape) && shape.batch > 0 &&
-         memory_format_of(input) == MemoryFormat::ChannelsLast;
+  return memory_format_of(input) == MemoryFormat::ChannelsLast &&
+         is_direct_slice(input, weight, shape, groups);
 }
 
 inline WeightStrides weight_strides(const Tensor& weight) {

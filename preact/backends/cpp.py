@@ -110,14 +110,25 @@ def _has_tiles() -> bool:
 # Weights up to which our convolution won against the library's between our passes, by whole
 # networks and single layers of ResNets and DenseNets, with AVX-512 and AVX2. Larger ones leave the
 # cache; without the statistics, which it takes almost for free, a forward gains least.
-_MOST_WEIGHTS = {"forward": 20_000, "forward with statistics": 70_000, "backward": 140_000}
+_MOST_WEIGHTS = {
+    "forward": 20_000,
+    "forward with statistics": 70_000,
+    "backward": 140_000,
+    "dense block": 300_000,
+}
 _MOST_WEIGHTS_WINOGRAD = {
-    "forward": 600_000, "forward with statistics": 600_000, "backward": 300_000
-}  # fmt: skip
-# In bfloat16, on tile registers, it won all along, up to these sizes.
+    "forward": 600_000,
+    "forward with statistics": 600_000,
+    "backward": 300_000,
+    "dense block": 300_000,
+}
+# In bfloat16, on tile registers, it won all along, up to these sizes; not on channels of wider maps.
 _MOST_WEIGHTS_TILES = {
-    "forward": 140_000, "forward with statistics": 140_000, "backward": 140_000
-}  # fmt: skip
+    "forward": 140_000,
+    "forward with statistics": 140_000,
+    "backward": 140_000,
+    "dense block": 0,
+}
 
 
 def prefers_direct(
@@ -128,7 +139,7 @@ def prefers_direct(
 ) -> bool:
     """Whether the direct convolution with the BN-ReLU prologue is to be used on the CPU.
 
-    ``work`` is "forward", "forward with statistics" or "backward".
+    ``work`` is "forward", "forward with statistics", "backward" or "dense block".
     """
     stride, _, dilation, groups = geometry
     own = _own_convolutions()

@@ -1,0 +1,251 @@
+"""The dense block in one buffer: its ops on channels of wider maps, its Function, and ``fuse_``."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+
+import preact
+from preact import dense, reference
+from preact.backends import available
+from preact.functional import Conv, Norm
+
+from .test_training import bytes_kept
+from .tolerances import assert_as_good_as_eager, assert_same_in_float64, distance, magnitude
+
+torchvision = pytest.importorskip("torchvision")
+
+pytestmark = pytest.mark.skipif(
+    available()["cpp"] != "", reason=f"no native kernels: {available()['cpp']}"
+)
+
+OPS = torch.ops.preact
+CHANNELS_LAST = torch.channels_last
+
+
+def channels_last(*shape: int) -> Tensor:
+    return torch.randn(shape).contiguous(memory_format=CHANNELS_LAST)
+
+
+# Channels of the wide map, first one and number of those read, output channels, kernel, size.
+SLICES = [
+    (100, 0, 40, 32, 1, (9, 11)),
+    (70, 20, 33, 16, 3, (9, 11)),
+    (40, 0, 24, 20, 3, (1, 1)),
+    (64, 16, 48, 64, 1, (16, 17)),
+]
+
+
+def run_on_slices(table, given, dtype):
+    """Both ops, writing between the channels of maps filled with one number."""
+    t = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in given.items()}
+    prefix = (t["x"][:, t["read"]], *t["vectors_of"](dtype), 1e-5, t["conv_weight"])
+    geometry = ([1, 1], [t["padding"]] * 2, [1, 1], 1)
+    output, grad_input = t["output"].clone(), t["grad_skip"].clone()
+    written, read = t["written"], t["read"]
+    statistics = table.batch_norm_relu_conv2d_into(*prefix, *geometry, output[:, written])
+    skip = t["grad_skip"][:, read]
+    pending = (t["pending"][:, written], t["coefficients"])
+    arguments = (t["grad"][:, written], *prefix, *geometry, *pending)
+    sums = table.batch_norm_relu_conv2d_backward_add(*arguments, skip, grad_input[:, read])
+    in_place = t["grad_skip"].clone()
+    table.batch_norm_relu_conv2d_backward_add(*arguments, *[in_place[:, read]] * 2)
+    assert torch.equal(in_place, grad_input)
+    results = (output, *statistics, grad_input, *sums)
+    return dict(zip(("output", "mean", "var", "grad_input", "a", "b", "c"), results, strict=True))
+
+
+@pytest.mark.parametrize("case", SLICES, ids=str)
+def test_ops_on_some_channels_of_wider_maps(case):
+    width, first, channels, out_channels, kernel, size = case
+    x = channels_last(3, width, *size) * 2 + 1
+    read = slice(first, first + channels)
+    mean, var = reference.batch_norm_stats(x[:, read])
+    weight, bias = torch.rand(channels) + 0.5, torch.rand(channels) + 0.5
+    # z of a random value within a rounding of zero may fall on either side in two types.
+    norm = [v.double() for v in (mean, var, weight, bias)]
+    z = torch.nn.functional.batch_norm(x[:, read].double(), *norm)
+    x[:, read] = torch.where(z.abs() < 1e-4, x[:, read] + 0.01, x[:, read])
+    maps = {
+        name: channels_last(3, out_channels + 7, *size) for name in ("output", "grad", "pending")
+    }
+    given = {
+        "x": x, "read": read, "written": slice(3, 3 + out_channels), "padding": kernel // 2,
+        "vectors_of": lambda dtype: tuple(v.to(dtype) for v in (mean, var, weight, bias)),
+        "conv_weight": torch.randn(out_channels, channels, kernel, kernel),
+        "coefficients": torch.randn(4, out_channels), "grad_skip": channels_last(3, width, *size),
+        **maps,
+    }  # fmt: skip
+    found = run_on_slices(OPS, given, torch.float32)
+    eager = run_on_slices(reference, given, torch.float32)
+    exact = run_on_slices(reference, given, torch.float64)
+    for name, result in found.items():
+        assert_as_good_as_eager(name, result, eager[name], exact[name], magnitude(exact[name]))
+    beside = [channel for channel in range(width) if channel not in range(width)[read]]
+    assert torch.equal(found["grad_input"][:, beside], given["grad_skip"][:, beside])
+    for edge in (slice(3), slice(3 + out_channels, None)):
+        assert torch.equal(found["output"][:, edge], given["output"][:, edge])
+
+
+def leaf(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("training", [(True, True), (False, False), (False, True)], ids=str)
+def test_first_and_second_order(training):
+    inputs = [leaf(2, 2, 3, 2)]
+    for read in (2, 4):
+        inputs += [leaf(read), leaf(read), leaf(3, read, 1, 1), leaf(3), leaf(3), leaf(2, 3, 3, 3)]
+
+    def norm(weight, bias, batch_stats):
+        channels = weight.numel()
+        running = (torch.linspace(-0.5, 0.5, channels), torch.linspace(0.5, 2, channels))
+        return Norm(*(v.double() for v in running), weight, bias, batch_stats)
+
+    def call(x, *p):
+        layers = []
+        for index in range(2):
+            w1, b1, c1, w2, b2, c2 = p[6 * index : 6 * index + 6]
+            first = norm(w1, b1, training[index])
+            layers.append((first, Conv(c1), norm(w2, b2, training[1]), Conv(c2, None, 1, 1)))
+        return dense.dense_block(x, layers)
+
+    with preact.use_backend("cpp"):
+        assert gradcheck(call, tuple(inputs))
+        assert gradgradcheck(call, tuple(inputs), fast_mode=True)
+
+
+def block(**options) -> nn.Module:
+    made = torchvision.models.densenet._DenseBlock(3, 24, 4, 8, options.pop("drop_rate", 0.0))
+    for index, norm in enumerate(m for m in made.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.uniform_(norm.bias, -0.5, 0.5)
+        norm.running_mean.fill_(0.1 * index)
+    return made
+
+
+@pytest.fixture
+def fused_calls(monkeypatch):
+    """How many blocks ran as one."""
+    calls = []
+    whole = dense.dense_block
+    monkeypatch.setattr(dense, "dense_block", lambda *a: calls.append(a) or whole(*a))
+    return calls
+
+
+def everything(model, x, grad):
+    """Output, gradients and buffers after one step."""
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    output = model(x)
+    output.backward(grad.to(output.dtype))
+    parameters = {name: p.grad for name, p in model.named_parameters()}
+    return {"output": output, "x": x.grad, **parameters, **dict(model.named_buffers())}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("size", [(9, 7), (1, 1)], ids=str)
+def test_as_good_as_eager(training, size, fused_calls):
+    torch.manual_seed(0)
+    eager = block().train(training)
+    exact, fused = copy.deepcopy(eager).double(), copy.deepcopy(eager)
+    report = preact.fuse_(fused)
+    assert report.counts == {"dense_block": 6, "skipped": 0}
+    x, grad = channels_last(4, 24, *size) * 2 + 1, channels_last(4, 48, *size)
+    results = [everything(m, a, grad.to(a.dtype)) for m, a in ((fused, x), (eager, x))]
+    wanted = everything(exact, x.double(), grad.double())
+    assert len(fused_calls) == (size != (1, 1))
+    for name, result in results[0].items():
+        terms = magnitude(wanted[name]) + (magnitude(grad) * grad[:, 0].numel()) ** 0.5
+        if name.endswith("num_batches_tracked"):
+            assert torch.equal(result, wanted[name])
+        else:
+            assert_as_good_as_eager(name, result, results[1][name], wanted[name], terms)
+    assert results[0]["output"].is_contiguous(memory_format=CHANNELS_LAST)
+
+
+def test_frozen_and_unfused_are_left_to_their_prefixes(fused_calls):
+    model = block()
+    preact.fuse_(model)
+    x = channels_last(2, 24, 6, 6)
+    model.denselayer1.conv1.requires_grad_(False)
+    model(x).sum().backward()
+    assert model.denselayer1.conv1.weight.grad is None
+    model(x.contiguous(memory_format=torch.contiguous_format))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)
+    assert not fused_calls
+    with torch.no_grad():
+        model(x)
+    assert len(fused_calls) == 1
+    plain = preact.unfuse_(model)
+    assert type(plain) is torchvision.models.densenet._DenseBlock
+
+
+def test_hooks_dropout_and_checkpoints_take_the_layers_apart(fused_calls):
+    x = channels_last(2, 24, 6, 6)
+    model = block()
+    preact.fuse_(model)
+    seen = []
+    handle = model.denselayer2.conv1.register_forward_hook(lambda *_: seen.append(1))
+    model(x)
+    assert seen == [1]
+    assert not fused_calls
+    handle.remove()
+    dropping = block(drop_rate=0.5)
+    assert preact.fuse_(dropping).counts == {"batch_norm_relu_conv2d": 6, "skipped": 0}
+    with torch.no_grad():
+        dropping.eval()(x)
+    assert len(fused_calls) == 1
+    frugal = block()
+    for layer in frugal.children():
+        layer.memory_efficient = True
+    report = preact.fuse_(frugal)
+    assert "dense_block" not in report.counts
+    frugal(x.requires_grad_())
+    assert len(fused_calls) == 1
+
+
+def test_timm(fused_calls):
+    models = pytest.importorskip("timm.models.densenet")
+    eager = models.DenseNet(8, (2, 3), num_classes=4).to(memory_format=CHANNELS_LAST)
+    fused = copy.deepcopy(eager)
+    assert preact.fuse_(fused).counts["dense_block"] == 10
+    x, grad = channels_last(2, 3, 64, 64), torch.randn(2, 4)
+    wanted = everything(eager, x, grad)
+    found = everything(fused, x, grad)
+    assert len(fused_calls) == 2
+    assert found.keys() == wanted.keys()
+    assert fused.state_dict().keys() == eager.state_dict().keys()
+    assert distance(found["output"], wanted["output"]) < 1e-4
+
+
+def test_three_steps_in_float64(monkeypatch):
+    """The whole block in float64, which the automatic choice leaves to the prefixes."""
+    monkeypatch.setattr(dense.plans, "fuses_convolution", lambda *_: True)
+    torch.manual_seed(0)
+    eager = block().double().to(memory_format=CHANNELS_LAST)
+    fused = copy.deepcopy(eager)
+    preact.fuse_(fused)
+    for _ in range(3):
+        x, grad = (channels_last(3, c, 6, 5).double() for c in (24, 48))
+        wanted = everything(eager, x, grad)
+        for name, result in everything(fused, x, grad).items():
+            if not name.endswith("num_batches_tracked"):
+                assert_same_in_float64(result, wanted[name])
+        for model in (eager, fused):
+            torch.optim.SGD(model.parameters(), 0.1).step()
+            model.zero_grad()
+
+
+def test_bytes_saved_for_backward():
+    model = torchvision.models.densenet121().to(memory_format=CHANNELS_LAST)
+    images = channels_last(2, 3, 64, 64)
+    eager = bytes_kept(model, images)
+    preact.fuse_(model)
+    fused = bytes_kept(model, images)
+    print(f"{fused / eager:.3f} of eager's bytes")
+    assert fused <= 0.4 * eager
