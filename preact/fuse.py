@@ -126,7 +126,10 @@ class _Fuser:
                 reason = self.install(block, state)
             if useful and reason is None:
                 prefix = "already: " if already else ""
-                self.fused.update({m: prefix + kind for m, kind in useful[0].fused.items()})
+                kinds = {m: prefix + kind for m, kind in useful[0].fused.items()}
+                # What only the other mode fuses here says nothing about what runs now.
+                now = useful[0] is plans[0]
+                self.fused = self.fused | kinds if now else kinds | self.fused
         if reason is not None:
             self.explain(block, f"{cls.__name__} is left alone: {reason}")
 

@@ -91,6 +91,15 @@ def test_ops_on_some_channels_of_wider_maps(case):
         assert torch.equal(found["output"][:, edge], given["output"][:, edge])
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The inputs are tiny: a second thread only costs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def leaf(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
@@ -98,8 +107,8 @@ def leaf(*shape: int) -> Tensor:
 @pytest.mark.parametrize("training", [(True, True), (False, False), (False, True)], ids=str)
 def test_first_and_second_order(training):
     inputs = [leaf(2, 2, 3, 2)]
-    for read in (2, 4):
-        inputs += [leaf(read), leaf(read), leaf(3, read, 1, 1), leaf(3), leaf(3), leaf(2, 3, 3, 3)]
+    for read in (2, 3):
+        inputs += [leaf(read), leaf(read), leaf(2, read, 1, 1), leaf(2), leaf(2), leaf(1, 2, 3, 3)]
 
     def norm(weight, bias, batch_stats):
         channels = weight.numel()
@@ -115,7 +124,7 @@ def test_first_and_second_order(training):
         return dense.dense_block(x, layers)
 
     with preact.use_backend("cpp"):
-        assert gradcheck(call, tuple(inputs))
+        assert gradcheck(call, tuple(inputs), fast_mode=training != (True, True))
         assert gradgradcheck(call, tuple(inputs), fast_mode=True)
 
 
@@ -242,10 +251,10 @@ def test_three_steps_in_float64(monkeypatch):
 
 
 def test_bytes_saved_for_backward():
-    model = torchvision.models.densenet121().to(memory_format=CHANNELS_LAST)
-    images = channels_last(2, 3, 64, 64)
-    eager = bytes_kept(model, images)
+    model = torchvision.models.densenet._DenseBlock(12, 64, 4, 32, 0.0)
+    features = channels_last(2, 64, 9, 9).requires_grad_()
+    eager = bytes_kept(model, features)
     preact.fuse_(model)
-    fused = bytes_kept(model, images)
+    fused = bytes_kept(model, features)
     print(f"{fused / eager:.3f} of eager's bytes")
     assert fused <= 0.4 * eager
