@@ -91,6 +91,17 @@ def test_ops_on_some_channels_of_wider_maps(case):
         assert torch.equal(found["output"][:, edge], given["output"][:, edge])
 
 
+@pytest.mark.parametrize("out_channels", [1, 3])
+def test_an_expanded_gradient_is_no_slice(out_channels):
+    x = channels_last(2, 16, 5, 6)
+    prefix = (x, *reference.batch_norm_stats(x), None, None, 1e-5)
+    arguments = (*prefix, torch.randn(out_channels, 16, 3, 3), None, [1, 1], [1, 1], [1, 1], 1)
+    expanded = torch.tensor(2.0).expand(2, out_channels, 5, 6)
+    found = OPS.batch_norm_relu_conv2d_backward(expanded, *arguments)
+    wanted = OPS.batch_norm_relu_conv2d_backward(expanded.contiguous(), *arguments)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """The inputs are tiny: a second thread only costs."""

@@ -27,21 +27,6 @@ inline bool is_channels_last(const Tensor& tensor) {
   return true;
 }
 
-// Distance between the pixels of a map in NHWC order, its channels side by side; more than their
-// number where the map is some of the channels of a wider one. 0 for every other layout.
-inline int64_t pixel_stride(const Tensor& tensor) {
-  if (tensor.dim() != 4 || (tensor.size(1) != 1 && tensor.stride(1) != 1)) return 0;
-  int64_t stride = 0, pixels = 1;
-  for (const int dim : {3, 2, 0}) {
-    if (tensor.size(dim) == 1) continue;
-    if (stride == 0) stride = tensor.stride(dim);
-    if (tensor.stride(dim) != stride * pixels) return 0;
-    pixels *= tensor.size(dim);
-  }
-  if (stride == 0) return tensor.size(1);
-  return stride >= tensor.size(1) ? stride : 0;
-}
-
 // The layout results take from `input`: the rule of preact.reference.memory_format_of.
 inline MemoryFormat memory_format_of(const Tensor& input) {
   return !input.is_contiguous() && is_channels_last(input) ? MemoryFormat::ChannelsLast

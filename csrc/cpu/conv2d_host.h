@@ -7,6 +7,21 @@
 
 namespace preact::cpu {
 
+// Distance between the pixels of a map in NHWC order, its channels side by side; more than their
+// number where the map is some of the channels of a wider one. 0 for every other layout.
+inline int64_t pixel_stride(const Tensor& tensor) {
+  if (tensor.dim() != 4 || (tensor.size(1) != 1 && tensor.stride(1) != 1)) return 0;
+  int64_t stride = -1, pixels = 1;
+  for (const int dim : {3, 2, 0}) {
+    if (tensor.size(dim) == 1) continue;
+    if (stride < 0) stride = tensor.stride(dim);
+    if (tensor.stride(dim) != stride * pixels) return 0;
+    pixels *= tensor.size(dim);
+  }
+  if (stride < 0) return tensor.size(1);
+  return stride >= tensor.size(1) ? stride : 0;
+}
+
 // Whether the direct convolution takes some channels of a channels_last map: float32, no groups, a
 // stride its tiles are compiled for. Everything else runs as the reference does.
 inline bool is_direct_slice(const Tensor& input, const Tensor& weight, const Conv2dShape& shape,
