@@ -216,7 +216,7 @@ def is_fusible(input: Tensor, layers: Sequence[DenseLayer]) -> bool:
         return False
     norms = [norm for first, _, second, _ in layers for norm in (first, second)]
     convs = [conv for _, first, _, second in layers for conv in (first, second)]
-    if input.dim() != 4 or functional._backend(input, norms) == "reference":
+    if input.dim() != 4 or functional._backend(input, norms) != "cpp":
         return False
     parameters = [t for norm in norms for t in (norm.weight, norm.bias) if t is not None]
     parameters += [conv.weight for conv in convs]
@@ -232,7 +232,7 @@ def is_fusible(input: Tensor, layers: Sequence[DenseLayer]) -> bool:
             or geometry is None
             or checks.compute_type(conv.weight) != input.dtype
             or functional._output_shape(shape, conv, geometry)[2:] != tuple(input.shape[2:])
-            or not plans.fuses_convolution(input, conv.weight, geometry, "dense block")
+            or not plans.fuses_convolution("cpp", input, conv.weight, geometry, "dense block")
         ):
             return False
     for _, first, _, second in layers:
