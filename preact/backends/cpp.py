@@ -122,7 +122,7 @@ _MOST_WEIGHTS_WINOGRAD = {
     "backward": 300_000,
     "dense block": 300_000,
 }
-# In bfloat16, on tile registers, it won all along, up to these sizes; not on channels of wider maps.
+# In bfloat16, on tile registers, it won all along, up to these sizes; it takes whole maps alone.
 _MOST_WEIGHTS_TILES = {
     "forward": 140_000,
     "forward with statistics": 140_000,
