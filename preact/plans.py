@@ -25,8 +25,7 @@ from . import costs, trials
 from .backends import cpp, triton
 from .reference import memory_format_of
 
-Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
-"""Stride, padding, dilation and groups of a convolution."""
+Geometry = cpp.Geometry
 NAMES = ("auto", *costs.PLANS)
 _OWN = ("C", "D", "E")
 

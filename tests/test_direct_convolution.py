@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from preact import reference
-from preact.backends import available
+from preact.backends import available, cpp
 
 from .op_checks import check
 from .tolerances import (
@@ -186,3 +186,18 @@ def test_a_large_mean_does_not_cancel_in_the_statistics():
     exact = reference.batch_norm_stats(output.double())
     torch.testing.assert_close(mean.double(), exact[0], rtol=1e-6, atol=0)
     torch.testing.assert_close(var.double(), exact[1], rtol=1e-4, atol=0)
+
+
+def test_a_batch_that_leaves_threads_idle_keeps_the_library():
+    """An image is one thread's work, except in a pointwise convolution, which divides pixels."""
+    weight, pointwise = torch.randn(16, 16, 3, 3), torch.randn(16, 16, 1, 1)
+    geometry, pointwise_geometry = [((1, 1), (p, p), (1, 1), 1) for p in (1, 0)]
+    x = torch.randn(3, 16, 8, 8).contiguous(memory_format=CHANNELS_LAST)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3, 4):
+            torch.set_num_threads(count)
+            assert cpp.occupies_threads(x, weight, geometry, "forward") == (count <= 3)
+            assert cpp.occupies_threads(x, pointwise, pointwise_geometry, "forward")
+    finally:
+        torch.set_num_threads(threads)

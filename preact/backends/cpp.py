@@ -14,6 +14,9 @@ from torch import Tensor
 
 from ..reference import memory_format_of
 
+Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
+"""Stride, padding, dilation and groups of a convolution."""
+
 Decided = TypeVar("Decided", bound=Callable[..., object])
 
 
@@ -131,10 +134,25 @@ _MOST_WEIGHTS_TILES = {
 }
 
 
+@constant_to_compile
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+def occupies_threads(input: Tensor, weight: Tensor, geometry: Geometry, work: str) -> bool:
+    """Whether every thread gets an image: only pointwise convolutions divide one among threads.
+
+    A dense block saves more between its convolutions than an idle thread loses in them.
+    """
+    stride, padding, _, _ = geometry
+    pointwise = weight.shape[2:] == (1, 1) and stride == (1, 1) and padding == (0, 0)
+    return pointwise or work == "dense block" or input.size(0) >= _threads()
+
+
 def prefers_direct(
     input: Tensor,
     weight: Tensor,
-    geometry: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int],
+    geometry: Geometry,
     work: str,
 ) -> bool:
     """Whether the direct convolution with the BN-ReLU prologue is to be used on the CPU.
@@ -156,6 +174,7 @@ def prefers_direct(
         and stride in ((1, 1), (2, 2))
         and memory_format_of(input) == torch.channels_last
         and weight.numel() <= most[work]
+        and occupies_threads(input, weight, geometry, work)
     )
 
 
@@ -167,7 +186,7 @@ _POINTWISE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def serves_pointwise(
     input: Tensor,
     weight: Tensor,
-    geometry: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int],
+    geometry: Geometry,
 ) -> bool:
     """Whether the CUDA matrix product runs a 1x1 convolution with its BN-ReLU.
 
