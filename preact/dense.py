@@ -19,7 +19,7 @@ from . import backends, checks, functional, plans
 from .functional import Conv, Norm
 from .plans import Geometry
 from .prefix import Affine, cast_like, differentiable_backward, eager_prefix
-from .reference import accumulate_dtype, memory_format_of, per_channel
+from .reference import accumulate_dtype, memory_format_of
 
 DenseLayer = tuple[Norm, Conv, Norm, Conv]
 Settings = tuple[tuple[tuple[float, float, bool, bool, Geometry, Geometry], ...], bool]
@@ -141,11 +141,20 @@ class DenseBlock(torch.autograd.Function):
             return (None, None, None, *gradients)
         grad_input = source.narrow(1, 0, starts[0])
         if anything_deferred:
-            _, slope, centre, offset = (per_channel(row, input) for row in deferred[:, : starts[0]])
-            rest_of_it = (input - centre).mul_(slope).add_(offset)
-            grad_input = rest_of_it.add_(grad_input).to(input.dtype)
+            grad_input = _complete(table, grad_input, input, deferred[:, : starts[0]])
         format = memory_format_of(input)
         return (None, grad_input.contiguous(memory_format=format), None, *gradients)
+
+
+def _complete(table: Any, grad: Tensor, input: Tensor, deferred: Tensor) -> Tensor:
+    """``grad + slope * (input - centre) + offset``: the backward of a norm of scale 1 whose ReLU is
+    open everywhere, its shift being infinite."""
+    centre, sums = deferred[2], deferred[1::2] * -functional.values_per_channel(input)
+    one, shift = torch.ones_like(centre), torch.full_like(centre, torch.inf)
+    completed: Tensor = table.batch_norm_relu_backward_apply(
+        grad, input, centre, one, None, shift, *sums, None, 0.0
+    )
+    return completed
 
 
 def _map(like: Tensor, channels: int, format: torch.memory_format) -> Tensor:
@@ -216,7 +225,7 @@ def is_fusible(input: Tensor, layers: Sequence[DenseLayer]) -> bool:
         return False
     norms = [norm for first, _, second, _ in layers for norm in (first, second)]
     convs = [conv for _, first, _, second in layers for conv in (first, second)]
-    if input.dim() != 4 or functional._backend(input, norms) != "cpp":
+    if input.dim() != 4 or functional.backend_for(input, norms) != "cpp":
         return False
     parameters = [t for norm in norms for t in (norm.weight, norm.bias) if t is not None]
     parameters += [conv.weight for conv in convs]
@@ -224,15 +233,16 @@ def is_fusible(input: Tensor, layers: Sequence[DenseLayer]) -> bool:
     if torch.is_grad_enabled() and trained != {True} and (input.requires_grad or True in trained):
         return False  # every gradient is computed here, also one that nobody asked for
     channels = input.size(1)
+    dtype = input.dtype
     for conv in convs:
-        geometry = functional._geometry(conv)
+        geometry = functional.geometry_of(conv)
         shape = (input.size(0), conv.weight.size(1), *input.shape[2:])
         if (
             conv.bias is not None
             or geometry is None
-            or checks.compute_type(conv.weight) != input.dtype
-            or functional._output_shape(shape, conv, geometry)[2:] != tuple(input.shape[2:])
-            or not plans.fuses_convolution("cpp", input, conv.weight, geometry, "dense block")
+            or checks.compute_type(conv.weight) != dtype
+            or functional.output_shape(shape, conv, geometry)[2:] != tuple(input.shape[2:])
+            or not plans.fuses_convolution("cpp", input, conv.weight, geometry, "dense block", dtype)
         ):
             return False
     for _, first, _, second in layers:
@@ -256,12 +266,13 @@ def dense_block(input: Tensor, layers: Sequence[DenseLayer]) -> Tensor:
         channels += next_conv.weight.size(0)
         for norm, its_conv in ((first, conv), (second, next_conv)):
             known = (None, None) if norm.training else (norm.running_mean, norm.running_var)
-            parameters += [norm.weight, norm.bias, *known, its_conv.weight]
+            conv_weight, _ = functional.parameters_of(its_conv)
+            parameters += [norm.weight, norm.bias, *known, conv_weight]
     settings = (
         tuple(
             (
                 first.eps, second.eps, first.training, second.training,
-                functional._geometry(conv), functional._geometry(next_conv),
+                functional.geometry_of(conv), functional.geometry_of(next_conv),
             )
             for first, conv, second, next_conv in layers
         ),
@@ -270,11 +281,15 @@ def dense_block(input: Tensor, layers: Sequence[DenseLayer]) -> Tensor:
     output: Tensor
     backend = backends.choose(input.device.type)
     output, mean, var, *inner = DenseBlock.apply(backend, input, settings, *parameters)
-    count = functional._count(input)
+    trained: list[Norm] = []
+    statistics: list[Sequence[Tensor]] = []
     for index, (first, conv, second, _) in enumerate(layers):
         read = conv.weight.size(1)
         if first.training:
-            functional._update_running(first, (mean[:read], var[:read]), count)
+            trained.append(first)
+            statistics.append((mean[:read], var[:read]))
         if second.training:
-            functional._update_running(second, inner[2 * index : 2 * index + 2], count)
+            trained.append(second)
+            statistics.append(inner[2 * index : 2 * index + 2])
+    functional.update_all_running(trained, statistics, functional.values_per_channel(input))
     return output

@@ -45,7 +45,7 @@ class Conv(NamedTuple):
     groups: int = 1
 
 
-def _geometry(conv: Conv) -> Geometry | None:
+def geometry_of(conv: Conv) -> Geometry | None:
     """The convolution's numbers; None where only ``conv2d`` itself can take them."""
     stride, dilation = checks.pair(conv.stride), checks.pair(conv.dilation)
     if not isinstance(conv.padding, str):
@@ -58,7 +58,7 @@ def _geometry(conv: Conv) -> Geometry | None:
     return stride, tuple(total // 2 for total in totals), dilation, conv.groups
 
 
-def _parameters(conv: Conv) -> tuple[Tensor, Tensor | None]:
+def parameters_of(conv: Conv) -> tuple[Tensor, Tensor | None]:
     dtype = checks.compute_type(conv.weight)
     bias = None if conv.bias is None else conv.bias.to(dtype)
     return conv.weight.to(dtype), bias
@@ -69,7 +69,7 @@ def _transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-def _backend(input: Tensor, norms: Sequence[Norm]) -> str:
+def backend_for(input: Tensor, norms: Sequence[Norm]) -> str:
     """The backend for a call: "reference" wherever a fused one could not give eager's result."""
     chosen = backends.choose(input.device.type)
     fusible = (
@@ -99,7 +99,7 @@ def _statistics(
 
 
 @torch.no_grad()
-def _update_running(norm: Norm, statistics: Sequence[Tensor], count: int) -> None:
+def update_running(norm: Norm, statistics: Sequence[Tensor], count: int) -> None:
     """``running = (1 - momentum) * running + momentum * batch``, variance with n / (n - 1)."""
     if norm.running_mean is None or norm.running_var is None:
         return
@@ -110,7 +110,27 @@ def _update_running(norm: Norm, statistics: Sequence[Tensor], count: int) -> Non
     running_var.lerp_(unbiased.to(running_var.dtype), norm.momentum)
 
 
-def _count(input: Tensor) -> int:
+@torch.no_grad()
+def update_all_running(
+    norms: Sequence[Norm], statistics: Sequence[Sequence[Tensor]], count: int
+) -> None:
+    """``update_running`` of many, in three calls for each momentum."""
+    by_momentum: dict[float, tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]] = {}
+    for norm, (mean, var) in zip(norms, statistics, strict=True):
+        if norm.running_mean is None or norm.running_var is None:
+            continue
+        lists = by_momentum.setdefault(norm.momentum, ([], [], [], []))
+        its_own = (norm.running_mean, norm.running_var, mean, var)
+        for tensors, tensor in zip(lists, its_own, strict=True):
+            tensors.append(tensor)
+    for momentum, (means, variances, new_means, new_variances) in by_momentum.items():
+        unbiased = torch._foreach_mul(new_variances, count / (count - 1))
+        running, batch = means + variances, new_means + list(unbiased)
+        same = [new.to(old.dtype) for old, new in zip(running, batch, strict=True)]
+        torch._foreach_lerp_(running, same, momentum)
+
+
+def values_per_channel(input: Tensor) -> int:
     """Values per channel."""
     return input.numel() // input.size(1)
 
@@ -149,7 +169,7 @@ def batch_norm_relu(
     """
     norm = Norm(running_mean, running_var, weight, bias, training, momentum, eps)
     checks.check_norm(input, norm)
-    backend = _backend(input, [norm])
+    backend = backend_for(input, [norm])
     if backend == "reference":
         return _eager_norm(input, norm)
     checks.check_statistics(input, statistics)
@@ -158,7 +178,7 @@ def batch_norm_relu(
         backend, input, mean, var, weight, bias, eps, training
     )
     if training:
-        _update_running(norm, (mean, var), _count(input))
+        update_running(norm, (mean, var), values_per_channel(input))
     return output
 
 
@@ -181,10 +201,10 @@ def batch_norm_relu_convs2d(
     checks.check_statistics(input, statistics)
     for conv in convs:
         checks.check_conv(input, conv)
-    backend = _backend(input, [norm])
-    geometries = [_geometry(conv) for conv in convs]
+    backend = backend_for(input, [norm])
+    geometries = [geometry_of(conv) for conv in convs]
     if residual is not None and geometries[0] is not None:
-        checks.check_residual(residual, _output_shape(input.shape, convs[0], geometries[0]))
+        checks.check_residual(residual, output_shape(input.shape, convs[0], geometries[0]))
     if backend == "reference" or None in geometries:
         activation = _eager_norm(input, norm)
         outputs = [_eager_conv(activation, conv) for conv in convs]
@@ -194,23 +214,23 @@ def batch_norm_relu_convs2d(
     mean, var = _statistics(backend, input, norm, statistics)
     fused = residual is not None and checks.same_kind(
         residual,
-        _output_shape(input.shape, convs[0], geometries[0]),
+        output_shape(input.shape, convs[0], geometries[0]),
         checks.compute_type(convs[0].weight),
     )
     found = autograd.BatchNormReLUConv2d.apply(
         backend, input, mean, var, norm.weight, norm.bias, residual if fused else None,
         norm.eps, norm.training, save_activation, return_statistics and (fused or residual is None),
-        tuple(geometries), *(tensor for conv in convs for tensor in _parameters(conv)),
+        tuple(geometries), *(tensor for conv in convs for tensor in parameters_of(conv)),
     )  # fmt: skip
     outputs = list(found[: len(convs)])
     if residual is not None and not fused:
         outputs[0] = outputs[0] + residual
     if norm.training:
-        _update_running(norm, (mean, var), _count(input))
+        update_running(norm, (mean, var), values_per_channel(input))
     return tuple(outputs), (found[-2], found[-1]) if len(found) > len(convs) else None
 
 
-def _output_shape(shape: Sequence[int], conv: Conv, geometry: Geometry | None) -> tuple[int, ...]:
+def output_shape(shape: Sequence[int], conv: Conv, geometry: Geometry | None) -> tuple[int, ...]:
     assert geometry is not None
     stride, padding, dilation, _ = geometry
     spatial = [
@@ -271,7 +291,7 @@ def identity_add(
     if not return_statistics:
         return input + other
     fusible = (
-        _backend(input, []) != "reference"
+        backend_for(input, []) != "reference"
         and input.dim() == 4
         and checks.same_kind(other, input.shape, input.dtype)
         and other.device == input.device
@@ -303,9 +323,9 @@ def residual_unit(
     checks.check_statistics(input, statistics)
     if projection is not None:
         checks.check_conv(input, projection)
-    backend = _backend(input, [norm for norm, _ in layers])
+    backend = backend_for(input, [norm for norm, _ in layers])
     convs = [conv for _, conv in layers] + ([] if projection is None else [projection])
-    geometries = [_geometry(conv) for conv in convs]
+    geometries = [geometry_of(conv) for conv in convs]
     shapes = _layer_shapes(input, layers, geometries)
     types = {checks.compute_type(conv.weight) for conv in convs} | {input.dtype}
     if backend == "reference" or None in geometries or len(types) > 1:
@@ -313,7 +333,7 @@ def residual_unit(
 
     shortcut = tuple(input.shape)
     if projection is not None:
-        shortcut = _output_shape(input.shape, projection, geometries[-1])
+        shortcut = output_shape(input.shape, projection, geometries[-1])
     if shortcut != shapes[-1]:
         return _unit_of_prefixes(input, layers, projection, statistics, save_activation), None
 
@@ -323,9 +343,9 @@ def residual_unit(
         known: tuple[Tensor | None, Tensor | None] = first
         if index > 0:
             known = (None, None) if norm.training else (norm.running_mean, norm.running_var)
-        parameters += [norm.weight, norm.bias, *known, *_parameters(conv)]
+        parameters += [norm.weight, norm.bias, *known, *parameters_of(conv)]
     if projection is not None:
-        parameters += _parameters(projection)
+        parameters += parameters_of(projection)
     settings = (
         tuple(norm.eps for norm, _ in layers),
         tuple(norm.training for norm, _ in layers),
@@ -341,7 +361,7 @@ def residual_unit(
         if norm.training:
             own = first if index == 0 else (found.pop(0), found.pop(0))
             batch, _, height, width = shapes[index]
-            _update_running(norm, own, batch * height * width)
+            update_running(norm, own, batch * height * width)
     return output, handed_on
 
 
@@ -354,7 +374,7 @@ def _layer_shapes(
         checks.check_layer(shapes[-1], input, norm, conv)
         if geometry is None:
             break
-        shapes.append(_output_shape(shapes[-1], conv, geometry))
+        shapes.append(output_shape(shapes[-1], conv, geometry))
     return shapes
 
 

@@ -79,21 +79,29 @@ def adds_in_epilogue() -> bool:
 
 
 def fuses_convolution(
-    backend: str, input: Tensor, weight: Tensor, geometry: Geometry, work: str
+    backend: str,
+    input: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    work: str,
+    dtype: torch.dtype | None = None,
 ) -> bool:
     """Whether ``weight`` convolves the BN-ReLU of ``input`` in a kernel of our own.
 
     ``work`` is "forward", "forward with statistics" of the result, or "backward"; each is chosen by
     itself, as none needs what another leaves. "dense block" asks for all of it: such a block takes
-    no convolution of the library's.
+    no convolution of the library's. ``dtype`` is the type that ``weight`` is yet to be cast to.
     """
+    dtype = weight.dtype if dtype is None else dtype
     if backend == "cpp":
         if current() in ("A", "B"):
             return False
         if input.device.type == "cuda":
             return cpp.serves_pointwise(input, weight, geometry)
-        return input.device.type == "cpu" and cpp.prefers_direct(input, weight, geometry, work)
-    if input.dtype not in triton.DTYPES or weight.dtype != input.dtype:
+        return input.device.type == "cpu" and cpp.prefers_direct(
+            input, weight, geometry, work, dtype
+        )
+    if input.dtype not in triton.DTYPES or dtype != input.dtype:
         return False
     plan = current()
     return plan in _OWN if plan != "auto" else _decide(*_problem(input, weight, geometry, work))

@@ -11,7 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import preact
 from preact import dense, reference
-from preact.backends import available
+from preact.backends import available, cpu_capability
 from preact.functional import Conv, Norm
 
 from .test_training import bytes_kept
@@ -37,12 +37,15 @@ SLICES = [
     (70, 20, 33, 16, 3, (9, 11)),
     (40, 0, 24, 20, 3, (1, 1)),
     (64, 16, 48, 64, 1, (16, 17)),
+    (49, 7, 16, 24, 3, (8, 5)),
+    (90, 3, 71, 130, 1, (5, 7)),
 ]
 
 
 def run_on_slices(table, given, dtype):
     """Both ops, writing between the channels of maps filled with one number."""
     t = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in given.items()}
+    t["coefficients"] = given["coefficients"].to(reference.accumulate_dtype(dtype))
     prefix = (t["x"][:, t["read"]], *t["vectors_of"](dtype), 1e-5, t["conv_weight"])
     geometry = ([1, 1], [t["padding"]] * 2, [1, 1], 1)
     output, grad_input = t["output"].clone(), t["grad_skip"].clone()
@@ -59,33 +62,38 @@ def run_on_slices(table, given, dtype):
     return dict(zip(("output", "mean", "var", "grad_input", "a", "b", "c"), results, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", SLICES, ids=str)
-def test_ops_on_some_channels_of_wider_maps(case):
+def test_ops_on_some_channels_of_wider_maps(case, dtype):
     width, first, channels, out_channels, kernel, size = case
-    x = channels_last(3, width, *size) * 2 + 1
+    x = (channels_last(3, width, *size) * 2 + 1).to(dtype).float()
     read = slice(first, first + channels)
     mean, var = reference.batch_norm_stats(x[:, read])
     weight, bias = torch.rand(channels) + 0.5, torch.rand(channels) + 0.5
     # z of a random value within a rounding of zero may fall on either side in two types.
     norm = [v.double() for v in (mean, var, weight, bias)]
     z = torch.nn.functional.batch_norm(x[:, read].double(), *norm)
-    x[:, read] = torch.where(z.abs() < 1e-4, x[:, read] + 0.01, x[:, read])
+    x[:, read] = torch.where(z.abs() < 1e-4, x[:, read] + 0.5, x[:, read])
     maps = {
-        name: channels_last(3, out_channels + 7, *size) for name in ("output", "grad", "pending")
+        name: channels_last(3, out_channels + 7, *size).to(dtype).float()
+        for name in ("output", "grad", "pending")
     }
     given = {
         "x": x, "read": read, "written": slice(3, 3 + out_channels), "padding": kernel // 2,
-        "vectors_of": lambda dtype: tuple(v.to(dtype) for v in (mean, var, weight, bias)),
-        "conv_weight": torch.randn(out_channels, channels, kernel, kernel),
-        "coefficients": torch.randn(4, out_channels), "grad_skip": channels_last(3, width, *size),
-        **maps,
+        "vectors_of": lambda dtype: tuple(
+            v.to(reference.accumulate_dtype(dtype)) for v in (mean, var, weight, bias)
+        ),
+        "conv_weight": torch.randn(out_channels, channels, kernel, kernel).to(dtype).float(),
+        "coefficients": torch.randn(4, out_channels),
+        "grad_skip": channels_last(3, width, *size).to(dtype).float(), **maps,
     }  # fmt: skip
-    found = run_on_slices(OPS, given, torch.float32)
-    eager = run_on_slices(reference, given, torch.float32)
+    found = run_on_slices(OPS, given, dtype)
+    eager = run_on_slices(reference, given, dtype)
     exact = run_on_slices(reference, given, torch.float64)
     for name, result in found.items():
         assert_as_good_as_eager(name, result, eager[name], exact[name], magnitude(exact[name]))
     beside = [channel for channel in range(width) if channel not in range(width)[read]]
+    given = {k: v.to(dtype) for k, v in given.items() if isinstance(v, Tensor)}
     assert torch.equal(found["grad_input"][:, beside], given["grad_skip"][:, beside])
     for edge in (slice(3), slice(3 + out_channels, None)):
         assert torch.equal(found["output"][:, edge], given["output"][:, edge])
@@ -139,8 +147,8 @@ def test_first_and_second_order(training):
         assert gradgradcheck(call, tuple(inputs), fast_mode=True)
 
 
-def block(**options) -> nn.Module:
-    made = torchvision.models.densenet._DenseBlock(3, 24, 4, 8, options.pop("drop_rate", 0.0))
+def block(growth: int = 8, drop_rate: float = 0.0) -> nn.Module:
+    made = torchvision.models.densenet._DenseBlock(3, 24, 4, growth, drop_rate)
     for index, norm in enumerate(m for m in made.modules() if isinstance(m, nn.BatchNorm2d)):
         nn.init.uniform_(norm.weight, 0.5, 1.5)
         nn.init.uniform_(norm.bias, -0.5, 0.5)
@@ -178,13 +186,49 @@ def test_as_good_as_eager(training, size, fused_calls):
     results = [everything(m, a, grad.to(a.dtype)) for m, a in ((fused, x), (eager, x))]
     wanted = everything(exact, x.double(), grad.double())
     assert len(fused_calls) == (size != (1, 1))
-    for name, result in results[0].items():
+    judge(*results, wanted, grad)
+    assert results[0]["output"].is_contiguous(memory_format=CHANNELS_LAST)
+
+
+def judge(found, eager, wanted, grad):
+    for name, result in found.items():
         terms = magnitude(wanted[name]) + (magnitude(grad) * grad[:, 0].numel()) ** 0.5
         if name.endswith("num_batches_tracked"):
             assert torch.equal(result, wanted[name])
         else:
-            assert_as_good_as_eager(name, result, results[1][name], wanted[name], terms)
-    assert results[0]["output"].is_contiguous(memory_format=CHANNELS_LAST)
+            assert_as_good_as_eager(name, result, eager[name], wanted[name], terms)
+
+
+@pytest.mark.parametrize("growth", [12, 24, 32, 48])
+@pytest.mark.parametrize("mode", ["autocast", "pure", "eval", "few images"])
+def test_bfloat16_as_good_as_eager(mode, growth, fused_calls):
+    torch.manual_seed(0)
+    if mode == "few images":
+        torch.set_num_threads(2)
+    eager = block(growth).to(memory_format=CHANNELS_LAST).train(mode != "eval")
+    if mode == "pure":
+        eager.bfloat16()
+    exact, fused = copy.deepcopy(eager).double(), copy.deepcopy(eager)
+    preact.fuse_(fused)
+    batch = 1 if mode == "few images" else 4
+    x = (channels_last(batch, 24, 17, 15) * 2 + 1).bfloat16()
+    grad = channels_last(batch, 24 + 3 * growth, 17, 15).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=mode != "pure"):
+        results = [everything(m, x, grad) for m in (fused, eager)]
+    wanted = everything(exact, x.double(), grad.double())
+    assert len(fused_calls) == (cpu_capability() == "AMX")
+    assert results[0]["output"].dtype == torch.bfloat16
+    judge(*results, wanted, grad)
+
+
+def test_autocast_of_a_float32_input_gives_eagers_type(fused_calls):
+    model = block()
+    x = channels_last(2, 24, 6, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = model(x).dtype
+        preact.fuse_(model)
+        assert model(x).dtype == wanted == torch.float32, "what eager's concatenation promotes to"
+    assert not fused_calls
 
 
 def test_frozen_and_unfused_are_left_to_their_prefixes(fused_calls):
@@ -196,7 +240,7 @@ def test_frozen_and_unfused_are_left_to_their_prefixes(fused_calls):
     assert model.denselayer1.conv1.weight.grad is None
     model(x.contiguous(memory_format=torch.contiguous_format))
     with torch.autocast("cpu", torch.bfloat16):
-        model(x)
+        model(x.bfloat16())
     assert not fused_calls
     with torch.no_grad():
         model(x)

@@ -73,11 +73,10 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_conv2d(
   const Affine<float> affine(input, mean, var, weight, bias, eps);
   const OptionalTensor its_bias = dense(conv_bias, MemoryFormat::Contiguous);
   const OptionalTensor added = dense(residual, MemoryFormat::ChannelsLast);
-  if (tiled) return tiled_forward(input, affine, conv_weight, its_bias, added, shape);
   Tensor output = empty_map({shape.batch, shape.out_channels, shape.out_h, shape.out_w}, input,
                             MemoryFormat::ChannelsLast);
-  const auto [output_mean, output_var] =
-      direct(input, affine, conv_weight, its_bias, added, shape, output);
+  const auto [output_mean, output_var] = (tiled ? &tiled_forward : &direct)(
+      input, affine, conv_weight, its_bias, added, shape, output);
   return {output, output_mean, output_var};
 }
 
@@ -88,12 +87,15 @@ std::tuple<Tensor, Tensor> batch_norm_relu_conv2d_into(
     Pair dilation, int64_t groups, Tensor output) {
   const Conv2dShape shape = conv2d_shape(input, conv_weight, {stride, padding, dilation, groups});
   check_result_like(output, shape, input, "output");
-  if (!is_direct_slice(input, conv_weight, shape, groups) || pixel_stride(output) == 0) {
+  const bool tiled = is_tiled_slice(input, conv_weight, shape, groups);
+  if ((!tiled && !is_direct_slice(input, conv_weight, shape, groups)) ||
+      pixel_stride(output) == 0) {
     return run_reference<2>("preact::batch_norm_relu_conv2d_into", input, mean, var, weight, bias,
                             eps, conv_weight, stride, padding, dilation, groups, output);
   }
-  return direct(input, Affine<float>(input, mean, var, weight, bias, eps), conv_weight,
-                std::nullopt, std::nullopt, shape, output);
+  return (tiled ? &tiled_forward : &direct)(input,
+                                            Affine<float>(input, mean, var, weight, bias, eps),
+                                            conv_weight, std::nullopt, std::nullopt, shape, output);
 }
 
 }  // namespace preact::cpu

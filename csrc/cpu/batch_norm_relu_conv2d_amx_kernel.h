@@ -147,13 +147,14 @@ void forward_blocks(const cpu::TileForward& task, int64_t begin, int64_t end,
                                          task.residual, task.output, &moments};
   for (int64_t block = begin; block < end; ++block) {
     const int64_t columns = task.blocks.columns(block, s.out_w);
-    const int64_t offset = block * s.out_h * s.out_w * s.out_channels;
+    const int64_t offset = block * s.out_h * s.out_w * task.output_stride;
     const TileActivation source{task.norm.mean.data(), task.norm.scale.data(),
                                 task.norm.shift.data(),
-                                task.input + block * s.in_h * s.in_w * s.in_channels};
-    stage_tiles(source, s.in_h, task.blocks.columns(block, s.in_w), s.in_w, task.staged, staged);
+                                task.input + block * s.in_h * s.in_w * task.input_stride};
+    stage_tiles(source, s.in_h, task.blocks.columns(block, s.in_w), s.in_w, task.input_stride,
+                task.staged, staged);
     tile_map<NARROW>(task.gather, columns, s.stride_w, staged, task.staged, task.weights,
-                     s.out_channels, s.out_w, offset, epilogue);
+                     s.out_channels, s.out_w, task.output_stride, offset, epilogue);
     moments.add(s.out_h * columns);
   }
   moments.merge();

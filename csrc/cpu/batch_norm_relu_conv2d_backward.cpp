@@ -84,13 +84,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_conv2d_backward(
   const OptionalTensor activation = dense(grad_activation, MemoryFormat::ChannelsLast);
   const OptionalTensor rows = dense(coefficients, MemoryFormat::Contiguous);
   // Some channels of a wider map are read where they are.
-  const bool strided = !tiled && pixel_stride(grad_output) > 0 &&
+  const bool strided = pixel_stride(grad_output) > 0 &&
                        (!pending_input || pixel_stride(*pending_input) == pixel_stride(grad_output));
   const Tensor gradient = strided ? grad_output : dense(grad_output, MemoryFormat::ChannelsLast);
   const OptionalTensor following =
       strided ? pending_input : dense(pending_input, MemoryFormat::ChannelsLast);
   if (tiled) {
-    tiled_backward(gradient, input, affine, conv_weight, activation, following, rows, shape, found);
+    tiled_backward(gradient, input, affine, conv_weight, activation, std::nullopt, following, rows,
+                   shape, found);
   } else {
     DirectBackward task{};
     task.grad_z = mutable_data<float>(found.grad_z);
@@ -111,8 +112,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_conv2d_backward_add(
   const Conv2dShape shape =
       conv2d_shape(input, conv_weight, {stride, padding, dilation, groups});
   const int64_t step = pixel_stride(input), grad_step = pixel_stride(grad_output);
-  if (!is_direct_slice(input, conv_weight, shape, groups) || pixel_stride(grad_skip) != step ||
-      pixel_stride(grad_input) != step || grad_step == 0 ||
+  const bool tiled = is_tiled_slice(input, conv_weight, shape, groups);
+  if ((!tiled && !is_direct_slice(input, conv_weight, shape, groups)) ||
+      pixel_stride(grad_skip) != step || pixel_stride(grad_input) != step || grad_step == 0 ||
       (pending_input && pixel_stride(*pending_input) != grad_step)) {
     return run_reference<3>("preact::batch_norm_relu_conv2d_backward_add", grad_output, input, mean,
                             var, weight, bias, eps, conv_weight, stride, padding, dilation, groups,
@@ -121,13 +123,19 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_conv2d_backward_add(
   check_conv2d_backward(grad_output, input, shape, std::nullopt, pending_input, coefficients);
   check_like(grad_skip, input, "grad_skip");
   check_like(grad_input, input, "grad_input");
-  DirectBackward task{};
-  task.grad_skip = data<float>(grad_skip);
-  task.grad_input = mutable_data<float>(grad_input);
   const ConvGradients found{grad_input, empty_vector(input), empty_vector(input),
                             empty_like(conv_weight, memory_format_of(conv_weight))};
-  direct(task, grad_output, input, Affine<float>(input, mean, var, weight, bias, eps), conv_weight,
-         pending_input, dense(coefficients, MemoryFormat::Contiguous), shape, found);
+  const Affine<float> affine(input, mean, var, weight, bias, eps);
+  const OptionalTensor rows = dense(coefficients, MemoryFormat::Contiguous);
+  if (tiled) {
+    tiled_backward(grad_output, input, affine, conv_weight, std::nullopt, grad_skip, pending_input,
+                   rows, shape, found);
+  } else {
+    DirectBackward task{};
+    task.grad_skip = data<float>(grad_skip);
+    task.grad_input = mutable_data<float>(grad_input);
+    direct(task, grad_output, input, affine, conv_weight, pending_input, rows, shape, found);
+  }
   return {found.grad_weight, found.grad_bias, found.grad_conv_weight};
 }
 

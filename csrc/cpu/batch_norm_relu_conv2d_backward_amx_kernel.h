@@ -41,11 +41,13 @@ class TileSums {
 };
 
 // Writes tiles of the input's gradient: adds grad_activation, applies the ReLU's mask, and takes the
-// sums of what is written.
-template <bool NARROW>
+// sums of that. Where ADD, it is scaled and added to grad_skip, and only their sum is written: what
+// the sums of dz add to the gradient of the input is not known yet and not in it.
+template <bool NARROW, bool ADD>
 struct BackwardEpilogue {
   TileActivation activation;
   const BFloat16* grad_activation;  // null where nothing is to be added
+  const BFloat16* grad_skip;
   BFloat16* grad;
   TileSums* sums;
 
@@ -91,9 +93,16 @@ struct BackwardEpilogue {
       }
       const Floats e = _mm512_maskz_mov_ps(evens, even(bits));
       const Floats o = _mm512_maskz_mov_ps(odds, odd(bits));
-      const Bits masked =
-          _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(e), 16), _mm512_castps_si512(o));
-      store_pixels<NARROW>(grad, out, i, two, masked);
+      Bits written;
+      if constexpr (ADD) {
+        const Bits skip = load_pixels<NARROW>(grad_skip, out, i, two);
+        written = rounded_pair(_mm512_fmadd_ps(values.scale.even, e, even(skip)),
+                               _mm512_fmadd_ps(values.scale.odd, o, odd(skip)));
+      } else {
+        written =
+            _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(e), 16), _mm512_castps_si512(o));
+      }
+      store_pixels<NARROW>(grad, out, i, two, written);
       dz.even += e;
       dz.odd += o;
       dz_x.even = _mm512_fmadd_ps(e, centred_even, dz_x.even);
@@ -132,7 +141,7 @@ struct BackwardBuffers {
   }
 };
 
-template <bool NARROW>
+template <bool NARROW, bool ADD>
 void backward_blocks(const cpu::TileBackward& task, int64_t begin, int64_t end, TileSums& sums,
                      float* grad_weight) {
   const Conv2dShape& s = task.blocks.shape;
@@ -143,27 +152,29 @@ void backward_blocks(const cpu::TileBackward& task, int64_t begin, int64_t end, 
   for (int64_t block = begin; block < end; ++block) {
     const int64_t in_columns = task.blocks.columns(block, s.in_w);
     const int64_t out_columns = task.blocks.columns(block, s.out_w);
-    const int64_t offset = block * s.in_h * s.in_w * s.in_channels;
-    const int64_t out_offset = block * s.out_h * s.out_w * s.out_channels;
+    const int64_t offset = block * s.in_h * s.in_w * task.input_stride;
+    const int64_t out_offset = block * s.out_h * s.out_w * task.output_stride;
     const BFloat16* const grad = task.grad_output + out_offset;
     if (task.pending_input) {
       const float* const rows = task.coefficients.data();
       const int64_t lanes = cpu::vector_size_of(s.out_channels);
       stage_tiles(TilePending{grad, task.pending_input + out_offset, rows, rows + lanes,
                               rows + 2 * lanes, rows + 3 * lanes},
-                  s.out_h, out_columns, s.out_w, layout, buffers.grad);
+                  s.out_h, out_columns, s.out_w, task.output_stride, layout, buffers.grad);
     } else {
-      stage_tiles(TileCopy{grad}, s.out_h, out_columns, s.out_w, layout, buffers.grad);
+      stage_tiles(TileCopy{grad}, s.out_h, out_columns, s.out_w, task.output_stride, layout,
+                  buffers.grad);
     }
     const TileActivation activation{task.norm.mean.data(), task.norm.scale.data(),
                                     task.norm.shift.data(), task.input};
-    const BackwardEpilogue<NARROW> epilogue{activation, task.grad_activation, task.grad_z, &sums};
+    const BackwardEpilogue<NARROW, ADD> epilogue{activation, task.grad_activation, task.grad_skip,
+                                                 task.grad_input, &sums};
     for (size_t i = 0; i < task.phases.size(); ++i) {
       const TileGather& phase = task.phases[i];
       // Only whole blocks have more than one phase.
       const int64_t columns = s.stride_w == 1 ? in_columns : phase.gather.columns;
       tile_map<NARROW>(phase, columns, 1, buffers.grad, layout, task.weights[i], s.in_channels,
-                       s.in_w, offset, epilogue);
+                       s.in_w, task.input_stride, offset, epilogue);
     }
     sums.add(s.in_h * in_columns);
 
@@ -179,7 +190,7 @@ void backward_blocks(const cpu::TileBackward& task, int64_t begin, int64_t end, 
     TileActivation source = activation;
     source.map += offset;
     stage_pairs(source,
-                {s.in_h, in_columns, s.in_channels, s.in_channels, s.in_w * s.in_channels,
+                {s.in_h, in_columns, s.in_channels, task.input_stride, s.in_w * task.input_stride,
                  task.staged.top, task.staged.left, s.stride_w},
                 paired, paired.pairs, buffers.pairs);
     weight_gradient(s, paired, task.staged, buffers.pairs, buffers.planes, buffers.grad_pairs,
@@ -189,17 +200,18 @@ void backward_blocks(const cpu::TileBackward& task, int64_t begin, int64_t end, 
 }
 
 // Blocks [begin, end): gradients of the input, masked, with their sums in sum_dz and sum_dz_x [C],
-// and of the weight, as weight_sums says, in grad_weight.
+// either written or scaled and added to grad_skip, and of the weight, as weight_sums says, in
+// grad_weight.
 inline void batch_norm_relu_conv2d_backward_tiles(const cpu::TileBackward& task, int64_t begin,
                                                   int64_t end, double* sum_dz, double* sum_dz_x,
                                                   float* grad_weight) {
   const Conv2dShape& s = task.blocks.shape;
   std::fill_n(grad_weight, cpu::weight_sums(s), 0.0f);
   TileSums sums(s.in_channels, sum_dz, sum_dz_x);
-  if (cpu::is_narrow(s.in_channels)) {
-    backward_blocks<true>(task, begin, end, sums, grad_weight);
-  } else {
-    backward_blocks<false>(task, begin, end, sums, grad_weight);
-  }
+  const bool narrow = cpu::is_narrow(s.in_channels);
+  const auto run = task.grad_skip
+                       ? (narrow ? &backward_blocks<true, true> : &backward_blocks<false, true>)
+                       : (narrow ? &backward_blocks<true, false> : &backward_blocks<false, false>);
+  run(task, begin, end, sums, grad_weight);
   tile_release();
 }

@@ -6,8 +6,9 @@ namespace preact::cpu {
 
 void tiled_backward(const Tensor& grad_output, const Tensor& input, const Affine<float>& affine,
                     const Tensor& conv_weight, const OptionalTensor& grad_activation,
-                    const OptionalTensor& pending_input, const OptionalTensor& coefficients,
-                    const Conv2dShape& shape, const ConvGradients& found) {
+                    const OptionalTensor& grad_skip, const OptionalTensor& pending_input,
+                    const OptionalTensor& coefficients, const Conv2dShape& shape,
+                    const ConvGradients& found) {
 #if PREACT_AMX
   // A chunk's sums of a large weight cost more than its blocks are worth to another thread.
   constexpr int64_t kSmallWeight = 8192, kMostChunks = 64, kMostLargeChunks = 16;
@@ -29,7 +30,10 @@ void tiled_backward(const Tensor& grad_output, const Tensor& input, const Affine
                     maybe(grad_activation),
                     maybe(pending_input),
                     {},
-                    mutable_data<BFloat16>(found.grad_z)};
+                    maybe(grad_skip),
+                    mutable_data<BFloat16>(found.grad_z),
+                    pixel_stride(input),
+                    pixel_stride(grad_output)};
   for (int64_t row = 0; coefficients && row < 4; ++row) {
     const auto lanes =
         by_lane(data<float>(*coefficients) + row * shape.out_channels, shape.out_channels);

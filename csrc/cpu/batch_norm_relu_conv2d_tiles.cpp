@@ -4,18 +4,15 @@
 
 namespace preact::cpu {
 
-std::tuple<Tensor, Tensor, Tensor> tiled_forward(const Tensor& input, const Affine<float>& affine,
-                                                 const Tensor& conv_weight,
-                                                 const OptionalTensor& bias,
-                                                 const OptionalTensor& residual,
-                                                 const Conv2dShape& shape) {
+std::tuple<Tensor, Tensor> tiled_forward(const Tensor& input, const Affine<float>& affine,
+                                         const Tensor& conv_weight, const OptionalTensor& bias,
+                                         const OptionalTensor& residual, const Conv2dShape& shape,
+                                         const Tensor& output) {
 #if PREACT_AMX
   constexpr int64_t kMostChunks = 64;
   const DirectBlocks direct = DirectBlocks::of(shape);
   const Conv2dShape& blocks = direct.shape;
   const Staged staged = stage_input(blocks);
-  Tensor output = empty_map({shape.batch, shape.out_channels, shape.out_h, shape.out_w}, input,
-                            MemoryFormat::ChannelsLast);
   Tensor mean = empty_vector(output), var = empty_vector(output);
   TileForward task{direct,
                    staged,
@@ -25,7 +22,9 @@ std::tuple<Tensor, Tensor, Tensor> tiled_forward(const Tensor& input, const Affi
                    data<BFloat16>(input),
                    nullptr,
                    residual ? data<BFloat16>(*residual) : nullptr,
-                   mutable_data<BFloat16>(output)};
+                   mutable_data<BFloat16>(output),
+                   pixel_stride(input),
+                   pixel_stride(output)};
   if (bias) task.bias = tile_bias(data<BFloat16>(*bias), shape.out_channels);
   BFloat16* const weights = packed_scratch(packed_tiles(shape.out_channels, task.gather));
   pack_tiles(data<BFloat16>(conv_weight), weight_strides(conv_weight), blocks, task.gather, false,
@@ -44,7 +43,7 @@ std::tuple<Tensor, Tensor, Tensor> tiled_forward(const Tensor& input, const Affi
     }
   });
   write_statistics<float>(partials, map, rows, mean, var);
-  return {output, mean, var};
+  return {mean, var};
 #else
   STD_TORCH_CHECK(false, "built without tile registers");
 #endif

@@ -94,6 +94,7 @@ struct TileForward {
   std::vector<float> bias;  // by lane, but of 16 channels in order
   const BFloat16 *input, *weights, *residual;
   BFloat16* output;
+  int64_t input_stride, output_stride;  // between pixels; residual's is the output's
 };
 
 struct TileBackward {
@@ -106,7 +107,10 @@ struct TileBackward {
   const BFloat16 *input, *grad_output, *grad_activation;
   const BFloat16* pending_input;    // null where grad_output is the gradient itself
   std::vector<float> coefficients;  // [4][O], by lane: scale, slope, centre, offset
-  BFloat16* grad_z;
+  const BFloat16* grad_skip;        // null, or what scale * grad_z is added to:
+  BFloat16* grad_input;             // grad_z, or the sum; may be grad_skip
+  int64_t input_stride;             // between pixels of input and all gradients like it
+  int64_t output_stride;            // between pixels of grad_output and pending_input
 };
 
 }  // namespace preact::cpu

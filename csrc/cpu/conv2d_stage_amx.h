@@ -94,19 +94,24 @@ struct TilePending {
 // Pixels between two loads of the per-channel values, where there are several groups of channels.
 constexpr int64_t kStagePixels = 32;
 
-// Writes a map [height][width][channels] into a staged one.
+// Writes a map [height][width][channels], its pixels `pixel` elements apart, into a staged one.
 template <typename Source>
 void stage_tiles(const Source& source, int64_t height, int64_t width, int64_t row_pixels,
-                 const Staged& layout, BFloat16* staged) {
+                 int64_t pixel, const Staged& layout, BFloat16* staged) {
   const int64_t channels = layout.channels, in = cpu::padded(channels);
   for (int64_t y = 0; y < height; ++y) {
-    const int64_t row = y * row_pixels * channels;
+    const int64_t row = y * row_pixels * pixel;
     BFloat16* const to = staged + ((layout.top + y) * layout.columns + layout.left) * in;
     if (cpu::is_narrow(channels)) {
       const auto values = source.get(0);
-      for (int64_t i = 0; i < width * channels; i += 32) {
-        const __mmask32 lanes = first_lanes(width * channels - i);
-        _mm512_mask_storeu_epi16(to + i, lanes, source.value(values, Together{row + i, lanes}));
+      for (int64_t x = 0; x < width; x += 2) {
+        const int64_t first = row + x * pixel;
+        const __mmask32 lanes = first_lanes((width - x) * channels);
+        const Bits bits =
+            pixel == channels
+                ? source.value(values, Together{first, lanes})
+                : source.value(values, Apart{first, x + 1 < width ? first + pixel : first});
+        _mm512_mask_storeu_epi16(to + x * channels, lanes, bits);
       }
       continue;
     }
@@ -117,7 +122,7 @@ void stage_tiles(const Source& source, int64_t height, int64_t width, int64_t ro
         const __mmask32 lanes = first_lanes(channels - c);
         for (int64_t x = first; x < last; ++x) {
           _mm512_storeu_si512(to + x * in + c,
-                              source.value(values, Together{row + x * channels + c, lanes}));
+                              source.value(values, Together{row + x * pixel + c, lanes}));
         }
       }
     }
@@ -170,11 +175,8 @@ void stage_pairs(const Source& source, const PairedMap& map, const cpu::PairedPi
             if (x + stride < map.width) {
               b = source.value(values, Together{at + stride * map.pixel, lanes});
             }
-            const Bits high = _mm512_set1_epi32(-0x10000);
-            const Bits odds = _mm512_or_si512(_mm512_srli_epi32(a, 16), _mm512_and_si512(b, high));
-            _mm512_storeu_si512(pair, _mm512_or_si512(_mm512_andnot_si512(high, a),
-                                                      _mm512_slli_epi32(b, 16)));
-            _mm512_storeu_si512(pair + plane, odds);
+            _mm512_storeu_si512(pair, even_pairs(a, b));
+            _mm512_storeu_si512(pair + plane, odd_pairs(a, b));
           }
         }
       }

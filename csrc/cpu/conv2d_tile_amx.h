@@ -26,6 +26,15 @@ PREACT_INLINE Bits interleaved(Bits halves) {
 PREACT_INLINE Bits rounded_pair(Floats evens, Floats odds) {
   return interleaved(joined(evens, odds));
 }
+// Values of even and of odd index, one of each of two vectors in turn.
+PREACT_INLINE Bits even_pairs(Bits a, Bits b) {
+  return _mm512_or_si512(_mm512_andnot_si512(_mm512_set1_epi32(-0x10000), a),
+                         _mm512_slli_epi32(b, 16));
+}
+PREACT_INLINE Bits odd_pairs(Bits a, Bits b) {
+  return _mm512_or_si512(_mm512_srli_epi32(a, 16),
+                         _mm512_and_si512(b, _mm512_set1_epi32(-0x10000)));
+}
 PREACT_INLINE __mmask32 first_lanes(int64_t count) {
   return count >= 32 ? ~__mmask32{0} : (__mmask32{1} << count) - 1;
 }
@@ -99,11 +108,11 @@ struct TileOutput {
 };
 
 // All outputs of a gather, columns limited to `columns`, handed to epilogue(sums, output), which
-// counts elements from `offset` on.
+// counts elements from `offset` on, `pixel` from one pixel of the map to the next.
 template <bool NARROW, typename Epilogue>
 void tile_map(const TileGather& tiled, int64_t columns, int64_t step, const BFloat16* staged,
               const Staged& layout, const BFloat16* weights, int64_t channels, int64_t width,
-              int64_t offset, const Epilogue& epilogue) {
+              int64_t pixel, int64_t offset, const Epilogue& epilogue) {
   constexpr int kTiles = NARROW ? 4 : 2, kSums = NARROW ? 256 : 512;
   const cpu::Gather& gather = tiled.gather;
   const auto steps = static_cast<int64_t>(tiled.steps.size());
@@ -121,8 +130,8 @@ void tile_map(const TileGather& tiled, int64_t columns, int64_t step, const BFlo
         pixels[i] = staged + (y * gather.input_step_y * layout.columns + x * step) * in_channels;
         outputs[i] = {std::min(most, columns - x),
                       offset + ((gather.first_y + y * gather.step_y) * width + gather.first_x +
-                       x * gather.step_x) * channels + c,
-                      gather.step_x * channels, c, first_lanes(channels - c)};
+                       x * gather.step_x) * pixel + c,
+                      gather.step_x * pixel, c, first_lanes(channels - c)};
       }
       multiply_tiles<NARROW>(pixels, step * in_channels * 2, tiled.offsets.data(), steps, weights,
                              sums);

@@ -6,28 +6,37 @@
 
 namespace preact::cpu {
 
-// Whether the convolution on tile registers takes these: as is_direct, in bfloat16.
-inline bool is_tiled(const Tensor& input, const Tensor& weight, const Conv2dShape& shape,
-                     int64_t groups) {
+// Whether the convolution on tile registers takes these: as is_direct_slice, in bfloat16.
+inline bool is_tiled_slice(const Tensor& input, const Tensor& weight, const Conv2dShape& shape,
+                           int64_t groups) {
   return input.scalar_type() == ScalarType::BFloat16 &&
          weight.scalar_type() == ScalarType::BFloat16 && groups == 1 && has_direct_stride(shape) &&
-         shape.batch > 0 && memory_format_of(input) == MemoryFormat::ChannelsLast &&
-         capability() == Capability::amx;
+         shape.batch > 0 && pixel_stride(input) > 0 && capability() == Capability::amx;
+}
+
+// As is_direct.
+inline bool is_tiled(const Tensor& input, const Tensor& weight, const Conv2dShape& shape,
+                     int64_t groups) {
+  return memory_format_of(input) == MemoryFormat::ChannelsLast &&
+         is_tiled_slice(input, weight, shape, groups);
 }
 
 inline BFloat16* packed_scratch(int64_t size) {
   return reinterpret_cast<BFloat16*>(scratch(Slot::weights, (size + 1) / 2));
 }
 
-std::tuple<Tensor, Tensor, Tensor> tiled_forward(const Tensor& input, const Affine<float>& affine,
-                                                 const Tensor& conv_weight,
-                                                 const OptionalTensor& bias,
-                                                 const OptionalTensor& residual,
-                                                 const Conv2dShape& shape);
+// Writes output and returns its mean and variance.
+std::tuple<Tensor, Tensor> tiled_forward(const Tensor& input, const Affine<float>& affine,
+                                         const Tensor& conv_weight, const OptionalTensor& bias,
+                                         const OptionalTensor& residual, const Conv2dShape& shape,
+                                         const Tensor& output);
 
+// Where grad_skip is given, found.grad_z becomes the sum of it and of what grad_z contributes to
+// the gradient of the input.
 void tiled_backward(const Tensor& grad_output, const Tensor& input, const Affine<float>& affine,
                     const Tensor& conv_weight, const OptionalTensor& grad_activation,
-                    const OptionalTensor& pending_input, const OptionalTensor& coefficients,
-                    const Conv2dShape& shape, const ConvGradients& found);
+                    const OptionalTensor& grad_skip, const OptionalTensor& pending_input,
+                    const OptionalTensor& coefficients, const Conv2dShape& shape,
+                    const ConvGradients& found);
 
 }  // namespace preact::cpu

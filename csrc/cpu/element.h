@@ -3,6 +3,7 @@
 
 #include <torch/headeronly/util/Half.h>
 
+#include <bit>
 #include <cstdint>
 
 namespace preact {
@@ -13,6 +14,17 @@ struct BFloat16 {
 struct Half {
   uint16_t bits;
 };
+
+// Always inlined: kernels compile it for their own instruction set, the linker would keep one.
+inline __attribute__((always_inline)) float bfloat16_to_float(uint16_t bits) {
+  return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
+}
+// Round to nearest, ties to even; any NaN becomes the quiet NaN PyTorch writes.
+inline __attribute__((always_inline)) uint16_t float_to_bfloat16(float value) {
+  if (value != value) return 0x7fc0;
+  const auto word = std::bit_cast<uint32_t>(value);
+  return static_cast<uint16_t>((word + 0x7fffu + ((word >> 16) & 1u)) >> 16);
+}
 
 template <typename T>
 struct Accumulate {

@@ -43,21 +43,6 @@ PREACT_INLINE DoubleVector madd(DoubleVector a, DoubleVector b, DoubleVector c) 
 #endif
 }
 
-PREACT_INLINE float bfloat16_to_float(uint16_t bits) {
-  const uint32_t word = static_cast<uint32_t>(bits) << 16;
-  float value;
-  std::memcpy(&value, &word, sizeof value);
-  return value;
-}
-
-// Round to nearest, ties to even; any NaN becomes the quiet NaN PyTorch writes.
-PREACT_INLINE uint16_t float_to_bfloat16(float value) {
-  uint32_t word;
-  std::memcpy(&word, &value, sizeof word);
-  if (value != value) return 0x7fc0;
-  return static_cast<uint16_t>((word + 0x7fffu + ((word >> 16) & 1u)) >> 16);
-}
-
 // How `Lanes` values of accumulation type A are held, and moved from and to memory.
 template <typename A>
 struct Single {

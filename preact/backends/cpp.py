@@ -125,12 +125,12 @@ _MOST_WEIGHTS_WINOGRAD = {
     "backward": 300_000,
     "dense block": 300_000,
 }
-# In bfloat16, on tile registers, it won all along, up to these sizes; it takes whole maps alone.
+# In bfloat16, on tile registers, it won all along, up to these sizes.
 _MOST_WEIGHTS_TILES = {
     "forward": 140_000,
     "forward with statistics": 140_000,
     "backward": 140_000,
-    "dense block": 0,
+    "dense block": 300_000,
 }
 
 
@@ -154,10 +154,12 @@ def prefers_direct(
     weight: Tensor,
     geometry: Geometry,
     work: str,
+    dtype: torch.dtype,
 ) -> bool:
     """Whether the direct convolution with the BN-ReLU prologue is to be used on the CPU.
 
-    ``work`` is "forward", "forward with statistics", "backward" or "dense block".
+    ``work`` is "forward", "forward with statistics", "backward" or "dense block"; ``dtype`` is the
+    type that ``weight`` convolves in.
     """
     stride, _, dilation, groups = geometry
     own = _own_convolutions()
@@ -168,7 +170,7 @@ def prefers_direct(
         most = _MOST_WEIGHTS_WINOGRAD
     return (
         own != "library"
-        and input.dtype == weight.dtype
+        and input.dtype == dtype
         and (input.dtype == torch.float32 or (input.dtype == torch.bfloat16 and _has_tiles()))
         and groups == 1
         and stride in ((1, 1), (2, 2))
