@@ -232,17 +232,16 @@ def is_fusible(input: Tensor, layers: Sequence[DenseLayer]) -> bool:
     trained = {parameter.requires_grad for parameter in parameters}
     if torch.is_grad_enabled() and trained != {True} and (input.requires_grad or True in trained):
         return False  # every gradient is computed here, also one that nobody asked for
-    channels = input.size(1)
-    dtype = input.dtype
+    channels, work = input.size(1), "dense block"
     for conv in convs:
-        geometry = functional.geometry_of(conv)
-        shape = (input.size(0), conv.weight.size(1), *input.shape[2:])
+        geometry, weight, dtype = functional.geometry_of(conv), conv.weight, input.dtype
+        shape = (input.size(0), weight.size(1), *input.shape[2:])
         if (
             conv.bias is not None
             or geometry is None
-            or checks.compute_type(conv.weight) != dtype
+            or checks.compute_type(weight) != dtype
             or functional.output_shape(shape, conv, geometry)[2:] != tuple(input.shape[2:])
-            or not plans.fuses_convolution("cpp", input, conv.weight, geometry, "dense block", dtype)
+            or not plans.fuses_convolution("cpp", input, weight, geometry, work, dtype)
         ):
             return False
     for _, first, _, second in layers:
