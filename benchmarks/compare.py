@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from preact import environment
+
 from . import hardware, plots, report
 from .cases import Case, Settings, reason, run_case
 from .networks import NETWORKS, Network, available
@@ -268,6 +270,7 @@ def compare(
     for name in names:
         if PROVIDERS[name].ours:
             console.print(report.summary_table(results, name))
+            console.print("\n".join(environment.choices(target.type)), highlight=False)
     for path in (csv, *plots.draw(csv)):
         console.print(f"wrote {path}", soft_wrap=True)
     if not _succeeded(results):

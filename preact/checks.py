@@ -12,6 +12,7 @@ from .reference import accumulate_dtype
 
 if TYPE_CHECKING:
     from .functional import Conv, Norm, Statistics
+    from .plans import Geometry
 
 _VECTORS = ("running_mean", "running_var", "weight", "bias")
 
@@ -77,6 +78,32 @@ def check_norm(input: Tensor, norm: Norm) -> None:
     _check_norm_of(input.shape, input, norm)
 
 
+def geometry_of(conv: Conv) -> Geometry | None:
+    """The convolution's numbers; None where only ``conv2d`` itself can take them."""
+    stride, dilation = pair(conv.stride), pair(conv.dilation)
+    if not isinstance(conv.padding, str):
+        return stride, pair(conv.padding), dilation, conv.groups
+    if conv.padding == "valid":
+        return stride, (0, 0), dilation, conv.groups
+    totals = [d * (k - 1) for d, k in zip(dilation, conv.weight.shape[2:], strict=True)]
+    if conv.padding != "same" or any(total % 2 for total in totals):
+        return None
+    return stride, tuple(total // 2 for total in totals), dilation, conv.groups
+
+
+def output_shape(shape: Sequence[int], conv: Conv, geometry: Geometry | None) -> tuple[int, ...]:
+    """Shape of a convolution's result from its input's."""
+    assert geometry is not None
+    stride, padding, dilation, _ = geometry
+    spatial = [
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, k, s, p, d in zip(
+            shape[2:], conv.weight.shape[2:], stride, padding, dilation, strict=True
+        )
+    ]
+    return (shape[0], conv.weight.size(0), *spatial)
+
+
 def _check_conv_of(shape: Sequence[int], input: Tensor, conv: Conv) -> None:
     weight = conv.weight
     if len(shape) not in (3, 4) or weight.dim() != 4:
@@ -124,6 +151,19 @@ def check_layer(shape: Sequence[int], input: Tensor, norm: Norm, conv: Conv) -> 
     """Both checks for an inner layer, whose input of ``shape`` does not exist yet."""
     _check_norm_of(shape, input, norm)
     _check_conv_of(shape, input, conv)
+
+
+def layer_shapes(
+    input: Tensor, layers: Sequence[tuple[Norm, Conv]], geometries: Sequence[Geometry | None]
+) -> list[tuple[int, ...]]:
+    """Shape of each layer's input and of the last one's result, every layer checked on the way."""
+    shapes = [tuple(input.shape)]
+    for (norm, conv), geometry in zip(layers, geometries, strict=False):
+        check_layer(shapes[-1], input, norm, conv)
+        if geometry is None:
+            break
+        shapes.append(output_shape(shapes[-1], conv, geometry))
+    return shapes
 
 
 def check_residual(residual: Tensor, shape: Sequence[int]) -> None:

@@ -16,14 +16,19 @@ from typing import Any
 import torch
 
 import preact
-from preact import backends
+from preact import backends, choice, plans, tuning
 from preact.backends import cpp
+from preact.device import processor
 
 _LIBRARIES = {"_C": "C++ kernels", "_C_cuda": "CUDA kernels"}
 _VARIABLES = (
     "PREACT_BACKEND",
     "PREACT_BUILD",
+    "PREACT_CACHE_DIR",
+    "PREACT_CONV",
     "PREACT_CPU_CAPABILITY",
+    "PREACT_PLAN",
+    "PREACT_TUNE",
     "OMP_NUM_THREADS",
     "CUDA_VISIBLE_DEVICES",
     "TRITON_INTERPRET",
@@ -45,6 +50,7 @@ def report() -> dict[str, str]:
             reason = reason or _no_device(device)
             rows[f"{backend} on {device}"] = f"not usable: {reason}" if reason else "usable"
     rows["automatic choice"] = _automatic()
+    rows |= _kept()
     rows["instruction set"] = backends.cpu_capability() or "none in use: no C++ kernels are loaded"
     rows["threads"] = f"{torch.get_num_threads()} of {_processors()} processors"
     rows["variables"] = ", ".join(f"{v}={os.environ[v]}" for v in _VARIABLES if v in os.environ)
@@ -60,7 +66,7 @@ def _versions() -> dict[str, str]:
         "Triton": _installed("triton"),
         "CUDA": _cuda(),
         "nvcc": _nvcc(),
-        "processor": _processor(),
+        "processor": processor(),
     }
 
 
@@ -94,15 +100,6 @@ def _nvcc() -> str:
         return f"{path} does not run: {error}"
     release = re.search(r"release ([\d.]+)", answer.stdout)
     return f"{release.group(1)} ({path})" if release else f"{path} does not tell its version"
-
-
-def _processor() -> str:
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        name = re.search(r"^model name\s*:\s*(.+)$", information.read_text(), re.MULTILINE)
-        if name:
-            return f"{name.group(1)} ({platform.machine()})"
-    return platform.processor() or platform.machine()
 
 
 def _processors() -> int:
@@ -146,6 +143,25 @@ def _automatic() -> str:
         except (RuntimeError, ValueError) as error:  # a forced backend that cannot run
             chosen.append(f"{device}: {error}")
     return ", ".join(chosen)
+
+
+def choices(device_type: str) -> list[str]:
+    """What was chosen on a device in this process, and why: backends, then convolutions."""
+    chosen = backends.choose(device_type)
+    found = [f"backend: {chosen} on {device_type}", *choice.describe(device_type)]
+    return found if chosen == "reference" else [*found, f"plan: {plans.describe(device_type)}"]
+
+
+def _kept() -> dict[str, str]:
+    """What processes before this one chose for devices of ``backends.MEASURED``, and why."""
+    rows = {}
+    for device in backends.MEASURED:
+        if device == "cuda" and not torch.cuda.is_available():
+            continue
+        kept = tuning.stored("backend", torch.device(device))
+        for number, (problem, chosen) in enumerate(sorted(kept.items()), 1):
+            rows[f"kept for {device} {number}"] = f"{problem}: {', '.join(map(str, chosen))}"
+    return rows
 
 
 def main() -> None:

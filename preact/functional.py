@@ -8,15 +8,17 @@ Invalid arguments raise what eager raises, before any running statistic is touch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import autograd, backends, checks
-from .plans import Geometry
+from . import autograd, backends, checks, choice
+from .checks import geometry_of as geometry_of
+from .checks import output_shape as output_shape
 
 Statistics = tuple[Tensor, Tensor]
 """``(mean, var)`` of one feature map: biased variance, float32 (float64 for float64), ``[C]``."""
@@ -45,19 +47,6 @@ class Conv(NamedTuple):
     groups: int = 1
 
 
-def geometry_of(conv: Conv) -> Geometry | None:
-    """The convolution's numbers; None where only ``conv2d`` itself can take them."""
-    stride, dilation = checks.pair(conv.stride), checks.pair(conv.dilation)
-    if not isinstance(conv.padding, str):
-        return stride, checks.pair(conv.padding), dilation, conv.groups
-    if conv.padding == "valid":
-        return stride, (0, 0), dilation, conv.groups
-    totals = [d * (k - 1) for d, k in zip(dilation, conv.weight.shape[2:], strict=True)]
-    if conv.padding != "same" or any(total % 2 for total in totals):
-        return None
-    return stride, tuple(total // 2 for total in totals), dilation, conv.groups
-
-
 def parameters_of(conv: Conv) -> tuple[Tensor, Tensor | None]:
     dtype = checks.compute_type(conv.weight)
     bias = None if conv.bias is None else conv.bias.to(dtype)
@@ -69,8 +58,18 @@ def _transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-def backend_for(input: Tensor, norms: Sequence[Norm]) -> str:
-    """The backend for a call: "reference" wherever a fused one could not give eager's result."""
+def backend_for(
+    input: Tensor,
+    norms: Sequence[Norm],
+    convs: Sequence[Conv] = (),
+    function: Callable[..., Any] | None = None,
+    *arguments: Any,
+    **options: Any,
+) -> str:
+    """The backend for a call: "reference" wherever a fused one could not give eager's result.
+
+    The call is ``function(input, *arguments, **options)``, which some devices prove and time.
+    """
     chosen = backends.choose(input.device.type)
     fusible = (
         input.dim() == 4
@@ -82,7 +81,14 @@ def backend_for(input: Tensor, norms: Sequence[Norm]) -> str:
         )
         and not _transformed()
     )
-    return chosen if fusible else "reference"
+    if not fusible:
+        return "reference"
+    if chosen != backends.AUTO:
+        return chosen
+    if function is None:
+        return "reference"
+    types = [input.dtype, *(checks.compute_type(conv.weight) for conv in convs)]
+    return choice.choose(partial(function, input, *arguments, **options), types)
 
 
 def _statistics(
@@ -169,10 +175,10 @@ def batch_norm_relu(
     """
     norm = Norm(running_mean, running_var, weight, bias, training, momentum, eps)
     checks.check_norm(input, norm)
-    backend = backend_for(input, [norm])
+    checks.check_statistics(input, statistics)
+    backend = backend_for(input, [norm], (), batch_norm_relu, *norm, statistics=statistics)
     if backend == "reference":
         return _eager_norm(input, norm)
-    checks.check_statistics(input, statistics)
     mean, var = _statistics(backend, input, norm, statistics)
     output: Tensor = autograd.BatchNormReLU.apply(
         backend, input, mean, var, weight, bias, eps, training
@@ -191,20 +197,27 @@ def batch_norm_relu_convs2d(
     statistics: Statistics | None = None,
     return_statistics: bool = False,
     save_activation: bool = False,
+    backend: str | None = None,
 ) -> tuple[tuple[Tensor, ...], Statistics | None]:
     """One BN-ReLU of ``input`` feeding every convolution in ``convs``.
 
     Returns the results, ``residual`` added to the first, and the statistics of that first one with
-    ``return_statistics`` (None without, or where eager PyTorch ran).
+    ``return_statistics`` (None without, or where eager PyTorch ran). ``backend`` is that of the
+    unit that this is a part of.
     """
     checks.check_norm(input, norm)
     checks.check_statistics(input, statistics)
     for conv in convs:
         checks.check_conv(input, conv)
-    backend = backend_for(input, [norm])
     geometries = [geometry_of(conv) for conv in convs]
     if residual is not None and geometries[0] is not None:
         checks.check_residual(residual, output_shape(input.shape, convs[0], geometries[0]))
+    if backend is None:
+        backend = backend_for(
+            input, [norm], convs, batch_norm_relu_convs2d, norm, tuple(convs), residual=residual,
+            statistics=statistics, return_statistics=return_statistics,
+            save_activation=save_activation,
+        )  # fmt: skip
     if backend == "reference" or None in geometries:
         activation = _eager_norm(input, norm)
         outputs = [_eager_conv(activation, conv) for conv in convs]
@@ -228,18 +241,6 @@ def batch_norm_relu_convs2d(
     if norm.training:
         update_running(norm, (mean, var), values_per_channel(input))
     return tuple(outputs), (found[-2], found[-1]) if len(found) > len(convs) else None
-
-
-def output_shape(shape: Sequence[int], conv: Conv, geometry: Geometry | None) -> tuple[int, ...]:
-    assert geometry is not None
-    stride, padding, dilation, _ = geometry
-    spatial = [
-        (size + 2 * p - d * (k - 1) - 1) // s + 1
-        for size, k, s, p, d in zip(
-            shape[2:], conv.weight.shape[2:], stride, padding, dilation, strict=True
-        )
-    ]
-    return (shape[0], conv.weight.size(0), *spatial)
 
 
 def batch_norm_relu_conv2d(
@@ -291,14 +292,14 @@ def identity_add(
     if not return_statistics:
         return input + other
     fusible = (
-        backend_for(input, []) != "reference"
-        and input.dim() == 4
+        input.dim() == 4
         and checks.same_kind(other, input.shape, input.dtype)
         and other.device == input.device
     )
-    if not fusible:
+    function = identity_add if fusible else None
+    backend = backend_for(input, [], (), function, other, return_statistics=True)
+    if backend == "reference" or not fusible:
         return input + other, None
-    backend = backends.choose(input.device.type)
     output, mean, var = autograd.IdentityAdd.apply(backend, input, other)
     return output, (mean, var)
 
@@ -323,19 +324,23 @@ def residual_unit(
     checks.check_statistics(input, statistics)
     if projection is not None:
         checks.check_conv(input, projection)
-    backend = backend_for(input, [norm for norm, _ in layers])
     convs = [conv for _, conv in layers] + ([] if projection is None else [projection])
     geometries = [geometry_of(conv) for conv in convs]
-    shapes = _layer_shapes(input, layers, geometries)
+    shapes = checks.layer_shapes(input, layers, geometries)
     types = {checks.compute_type(conv.weight) for conv in convs} | {input.dtype}
+    backend = backend_for(
+        input, [norm for norm, _ in layers], convs, residual_unit, tuple(layers), projection,
+        statistics=statistics, return_statistics=return_statistics, save_activation=save_activation,
+    )  # fmt: skip
+    whole = (input, layers, projection, statistics, save_activation, backend)
     if backend == "reference" or None in geometries or len(types) > 1:
-        return _unit_of_prefixes(input, layers, projection, statistics, save_activation), None
+        return _unit_of_prefixes(*whole), None
 
     shortcut = tuple(input.shape)
     if projection is not None:
         shortcut = output_shape(input.shape, projection, geometries[-1])
     if shortcut != shapes[-1]:
-        return _unit_of_prefixes(input, layers, projection, statistics, save_activation), None
+        return _unit_of_prefixes(*whole), None
 
     parameters: list[Tensor | None] = []
     first = _statistics(backend, input, layers[0][0], statistics)
@@ -365,32 +370,20 @@ def residual_unit(
     return output, handed_on
 
 
-def _layer_shapes(
-    input: Tensor, layers: Sequence[tuple[Norm, Conv]], geometries: Sequence[Geometry | None]
-) -> list[tuple[int, ...]]:
-    """Shape of each layer's input and of the last one's result, every layer checked on the way."""
-    shapes = [tuple(input.shape)]
-    for (norm, conv), geometry in zip(layers, geometries, strict=False):
-        checks.check_layer(shapes[-1], input, norm, conv)
-        if geometry is None:
-            break
-        shapes.append(output_shape(shapes[-1], conv, geometry))
-    return shapes
-
-
 def _unit_of_prefixes(
     input: Tensor,
     layers: Sequence[tuple[Norm, Conv]],
     projection: Conv | None,
     statistics: Statistics | None,
     save_activation: bool,
+    backend: str,
 ) -> Tensor:
     """The unit layer by layer, for everything one fused unit does not take."""
     x, shortcut = input, input
     for index, (norm, conv) in enumerate(layers):
         convs = [conv] if index or projection is None else [conv, projection]
         (x, *projected), _ = batch_norm_relu_convs2d(
-            x, norm, convs, statistics=statistics, save_activation=save_activation
+            x, norm, convs, statistics=statistics, save_activation=save_activation, backend=backend
         )
         shortcut = projected[0] if projected else shortcut
         statistics = None

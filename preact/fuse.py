@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from . import backends, plans
+from . import backends, choice, plans
 from ._block import BlockState, FusedBlock, Plan, become, fused_class
 from ._matching import is_norm, norm_reason
 from ._shadow import KEY, original_class
@@ -219,6 +219,9 @@ def _backend(model: nn.Module) -> str:
         chosen = backends.choose(device)
     except RuntimeError as error:
         return str(error)
+    if chosen == backends.AUTO:
+        first = f"auto on {device}: proved and measured at the first call of each problem"
+        return "\n".join([first, *(f"  {line}" for line in choice.describe(device))])
     reason = backends.why_eager(device)
     if chosen == "reference" and reason:
         return f"eager PyTorch on {device}: {reason}"

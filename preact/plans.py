@@ -3,7 +3,7 @@
 The plans A to E are those of ``costs``. Without a forced one each convolution is decided by itself,
 forward and backward: on a CPU by written limits; on a GPU by what is faster there, measured on the
 device at the first call of a shape class, as ``cudnn.benchmark`` does, and kept as the
-configurations of ``triton_kernels.tuning`` are. Where measuring is off (``PREACT_TUNE=off``,
+configurations of ``tuning`` are. Where measuring is off (``PREACT_TUNE=off``,
 deterministic algorithms, a CUDA graph being captured) the model of ``costs`` decides.
 
 ``use_plan`` and ``PREACT_PLAN`` force one plan on every convolution that its kernels can serve:

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, tuning
+from . import device as devices
 
 
 class Problem(NamedTuple):
@@ -45,8 +46,6 @@ class Route(NamedTuple):
 
 def capability(problem: Problem) -> int:
     """Of the problem's device, 90 for sm_90; where it is no GPU, what launchers assume."""
-    from .triton_kernels import device as devices
-
     return devices.properties(problem.device).capability
 
 
@@ -55,9 +54,6 @@ def fastest(problem: Problem, preferred: bool) -> tuple[bool, bool]:
 
     ``preferred`` is the answer where nothing may be measured, or memory does not suffice.
     """
-    # Not before it is needed: kernels' modules stay unloaded where no kernel runs.
-    from .triton_kernels import tuning
-
     device = problem.device
     routes = (Route(preferred), Route(not preferred))
     trial: list[Trial] = []

@@ -28,12 +28,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
     """A GPU that finds the last configuration the fastest; the sizes of what it measured."""
     pytest.importorskip("triton")
-    from preact.triton_kernels import device as devices
-    from preact.triton_kernels import tuning
+    from preact import device as devices
+    from preact import tuning
 
     asked: list[int] = []
 
-    def measure(runs: list[Callable[[], object]]) -> list[float]:
+    def measure(runs: list[Callable[[], object]], device: torch.device) -> list[float]:
         for run in runs:
             run()
         asked.append(len(runs))

@@ -14,7 +14,7 @@ from preact import backends, plans, trials
 
 pytest.importorskip("triton")
 
-from preact.triton_kernels import tuning
+from preact import tuning
 
 LARGE = trials.Problem(
     "forward with statistics", (32, 64, 56, 56), (64, 64, 1, 1), (1, 1), (0, 0), (1, 1), 1,

@@ -13,7 +13,7 @@ from preact import backends, plans
 
 pytest.importorskip("triton")
 
-from preact.triton_kernels import tuning
+from preact import tuning
 
 pytestmark = pytest.mark.gpu
 
@@ -101,7 +101,9 @@ def test_a_first_call_under_capture_takes_the_model(monkeypatch):
     """Nothing is measured there, and nothing remembered that was not."""
     module, x = block(), image().detach()
     asked: list[int] = []
-    monkeypatch.setattr(tuning, "measure", lambda runs: asked.append(len(runs)) or [0.0, 1.0])
+    monkeypatch.setattr(
+        tuning, "measure", lambda runs, device: asked.append(len(runs)) or [0.0, 1.0]
+    )
     with preact.use_backend("triton"), torch.no_grad():
         monkeypatch.setenv("PREACT_TUNE", "off")  # kernels are compiled before a capture
         expected = module.eval()(x)

@@ -1,10 +1,11 @@
 """Which implementation runs, and why.
 
 Three backends share one set of op names: ``reference`` (eager PyTorch itself), ``cpp`` (the native
-extension: C++ on the CPU, CUDA on GPUs) and ``triton``. The automatic choice takes a fused backend
-where it has won and can run, and eager PyTorch elsewhere; ``use_backend`` and ``PREACT_BACKEND``
-override it, by a backend's name or by ``fused``: the first of the device's ``PREFERENCE`` that can
-run.
+extension: C++ on the CPU, CUDA on GPUs) and ``triton``. The automatic choice takes the fused
+backend on devices of ``AUTOMATIC``, where it has won wherever it was measured; on those of
+``MEASURED`` it is ``AUTO``: ``choice`` decides each problem by proof and measurement on the device
+itself. Eager PyTorch runs elsewhere. ``use_backend`` and ``PREACT_BACKEND`` override it, by a
+backend's name or by ``fused``: the first of the device's ``PREFERENCE`` that can run.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ FUSED = "fused"
 # first call and move 16 bytes an access in every streaming pass; Triton serves where they are not
 # built.
 PREFERENCE = {"cpu": ("cpp",), "cuda": ("cpp", "triton")}
-# Devices where nobody has to ask. The GPU kernels have never run on a GPU: until they have, and won
-# there, nobody gets them unasked.
+AUTO = "auto"
 AUTOMATIC = ("cpu",)
+# The GPU kernels have never run on a GPU of ours: nobody gets them before they were right, and
+# faster than eager PyTorch, on his own.
+MEASURED = ("cuda",)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _log = logging.getLogger("preact")
@@ -62,14 +65,7 @@ def available(device_type: str = "cpu") -> dict[str, str]:
 
 
 def why_eager(device_type: str) -> str:
-    """Why no fused backend is chosen for a device by itself; empty where one is."""
-    if device_type not in AUTOMATIC:
-        return f"nothing was measured on {device_type} yet; PREACT_BACKEND asks for a backend"
-    return _why_not_fused(device_type)
-
-
-def _why_not_fused(device_type: str) -> str:
-    """Empty where a fused backend can run on the device, else why each cannot."""
+    """Why no fused backend is ever chosen for a device by itself; empty where one may be."""
     names = PREFERENCE.get(device_type, ())
     reasons = [_why_not(name, device_type) for name in names]
     if not names:
@@ -77,9 +73,9 @@ def _why_not_fused(device_type: str) -> str:
     return "; ".join(reasons) if all(reasons) else ""
 
 
-def _first_fused(device_type: str) -> str | None:
-    names = PREFERENCE.get(device_type, ())
-    return next((name for name in names if not _why_not(name, device_type)), None)
+def fused(device_type: str) -> list[str]:
+    """Fused backends that can run on the device, the preferred one first."""
+    return [name for name in PREFERENCE.get(device_type, ()) if not _why_not(name, device_type)]
 
 
 def cpu_capability() -> str:
@@ -121,17 +117,17 @@ def use_backend(name: str) -> Iterator[None]:
 def _choose(forced: str | None, device_type: str) -> str:
     wanted = forced or _forced_by_environment()
     if wanted == FUSED:
-        wanted = _first_fused(device_type)
-        if wanted is None:
-            raise RuntimeError(f"no fused backend: {_why_not_fused(device_type)}")
-        return wanted
+        names = fused(device_type)
+        if not names:
+            raise RuntimeError(f"no fused backend: {why_eager(device_type)}")
+        return names[0]
     if wanted is not None:
         reason = _why_not(wanted, device_type)
         if reason:
             raise RuntimeError(f"backend {wanted!r} cannot run on {device_type}: {reason}")
         return wanted
-    if device_type in AUTOMATIC and (name := _first_fused(device_type)) is not None:
-        return name
+    if device_type in (*AUTOMATIC, *MEASURED) and (names := fused(device_type)):
+        return names[0] if device_type in AUTOMATIC else AUTO
     if device_type not in _reported:
         _reported.add(device_type)
         _log.info("running eager PyTorch on %s: %s", device_type, why_eager(device_type))
@@ -139,5 +135,8 @@ def _choose(forced: str | None, device_type: str) -> str:
 
 
 def choose(device_type: str) -> str:
-    """The backend for a device; raises ``RuntimeError`` where a forced one cannot run."""
+    """The backend for a device, ``AUTO`` where that is decided for each problem.
+
+    Raises ``RuntimeError`` where a forced one cannot run.
+    """
     return _choose(_forced, device_type)

@@ -30,9 +30,14 @@ def _interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
+@functools.cache
+def _is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def why_not(device_type: str) -> str:
     """Empty where the Triton kernels serve the device, else the reason why not."""
-    if importlib.util.find_spec("triton") is None:
+    if not _is_installed():
         return "Triton is not installed"
     if device_type not in ("cpu", "cuda"):
         return f"no Triton kernels for device type {device_type}"

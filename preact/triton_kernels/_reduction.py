@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import device as devices
-from . import tuning
+from .. import device as devices
+from .. import tuning
 from ._maps import Config, Matrix, column_block, matrix, shape_class
 from ._partials import merge_moments
 

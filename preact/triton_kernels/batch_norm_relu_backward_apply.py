@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tuning
+from .. import tuning
 from ._maps import (
     POINTWISE,
     Config,

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import device as devices
-from . import tuning
+from .. import device as devices
+from .. import tuning
 from ._conv2d_rows import batch_norm_relu_conv2d_backward_input_rows_kernel
 from ._epilogue import store_masked_with_sums
 from ._maps import check_like, check_vectors

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import device as devices
-from . import tuning
+from .. import device as devices
+from .. import tuning
 from ._conv2d_rows import batch_norm_relu_conv2d_backward_weight_rows_kernel
 from ._maps import check_vectors
 from ._partials import TILES, merge_sums

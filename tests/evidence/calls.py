@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 
-from preact.triton_kernels import device as devices
+from preact import device as devices
 from preact.triton_kernels.batch_norm_backward_coefficients import batch_norm_backward_coefficients
 from preact.triton_kernels.batch_norm_relu import batch_norm_relu
 from preact.triton_kernels.batch_norm_relu_backward_apply import batch_norm_relu_backward_apply

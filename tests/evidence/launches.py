@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from preact.triton_kernels import tuning
+from preact import tuning
 
 
 class Launch(NamedTuple):

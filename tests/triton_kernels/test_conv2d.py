@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from preact import reference
-from preact.triton_kernels import tuning
+from preact import reference, tuning
 from preact.triton_kernels._prologue import Config
 
 from ..tolerances import assert_as_good_as_eager

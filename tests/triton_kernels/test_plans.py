@@ -9,8 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import preact
+from preact import device as devices
 from preact import plans, trials
-from preact.triton_kernels import device as devices
 
 from ..tolerances import assert_as_good_as_eager, magnitude
 from .test_units import prepared, step

@@ -7,9 +7,8 @@ import itertools
 import pytest
 import torch
 
-from preact import ops, reference
+from preact import ops, reference, tuning
 from preact.backends import available
-from preact.triton_kernels import tuning
 from preact.triton_kernels._maps import Config
 
 from ..op_checks import arrange, check, check_every_op, double, sample

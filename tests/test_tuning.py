@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from preact.triton_kernels import tuning
+from preact import tuning
 
 
 class Config(NamedTuple):
