@@ -1,10 +1,11 @@
 """Which convolutions run fused with their prefix, and which as the library's between our passes.
 
 The plans A to E are those of ``costs``. Without a forced one each convolution is decided by itself,
-forward and backward: on a CPU by written limits; on a GPU by what is faster there, measured on the
-device at the first call of a shape class, as ``cudnn.benchmark`` does, and kept as the
-configurations of ``tuning`` are. Where measuring is off (``PREACT_TUNE=off``,
-deterministic algorithms, a CUDA graph being captured) the model of ``costs`` decides.
+forward and backward: on a GPU by what is faster there, measured on the device at the first call of
+a shape class, as ``cudnn.benchmark`` does, and kept as the configurations of ``tuning`` are. Where
+measuring is off (``PREACT_TUNE=off``, deterministic algorithms, a CUDA graph being captured) the
+model of ``costs`` decides. On a CPU written limits do, so that a run rounds as the one before it,
+unless ``PREACT_TUNE=measure`` asks for what is clearly faster near them; never while compiling.
 
 ``use_plan`` and ``PREACT_PLAN`` force one plan on every convolution that its kernels can serve:
 A keeps the activation for backward, B computes it again, C to E fuse the convolution.
@@ -21,13 +22,16 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from . import costs, trials
+from . import costs, trials, tuning
 from .backends import cpp, triton
 from .reference import memory_format_of
 
 Geometry = cpp.Geometry
 NAMES = ("auto", *costs.PLANS)
 _OWN = ("C", "D", "E")
+# On a CPU: how far from its written limit a convolution is measured, as a factor of its weights,
+# and the share of the written choice's time that another must stay under.
+NEAR, CLEARLY = 4, 0.9
 
 _log = logging.getLogger("preact")
 _forced: str | None = None
@@ -93,18 +97,20 @@ def fuses_convolution(
     no convolution of the library's. ``dtype`` is the type that ``weight`` is yet to be cast to.
     """
     dtype = weight.dtype if dtype is None else dtype
+    prefix = (input, weight, geometry, work)
     if backend == "cpp":
         if current() in ("A", "B"):
             return False
         if input.device.type == "cuda":
             return cpp.serves_pointwise(input, weight, geometry)
-        return input.device.type == "cpu" and cpp.prefers_direct(
-            input, weight, geometry, work, dtype
-        )
+        if input.device.type != "cpu" or not cpp.serves_direct(*prefix, dtype):
+            return False
+        most = cpp.most_weights(*prefix)
+        return _decide_on_cpu(*prefix, most) if _measures_cpu(work) else weight.numel() <= most
     if input.dtype not in triton.DTYPES or dtype != input.dtype:
         return False
     plan = current()
-    return plan in _OWN if plan != "auto" else _decide(*_problem(input, weight, geometry, work))
+    return plan in _OWN if plan != "auto" else _decide(*_problem(*prefix))
 
 
 def leaves_pending(backend: str, input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
@@ -116,6 +122,31 @@ def leaves_pending(backend: str, input: Tensor, weight: Tensor, geometry: Geomet
     if plan != "auto" or backend == "cpp":
         return plan not in ("C", "D")
     return _decide(*_problem(input, weight, geometry, "pending"))
+
+
+def _measures_cpu(work: str) -> bool:
+    return (
+        work != "dense block"
+        and current() == "auto"
+        and not torch.compiler.is_compiling()
+        and tuning.setting() == "measure"
+    )
+
+
+def _decide_on_cpu(input: Tensor, weight: Tensor, geometry: Geometry, work: str, most: int) -> bool:
+    """The written limit's answer, or near the limit what is clearly the faster one here."""
+    written = weight.numel() <= most
+    if not most / NEAR < weight.numel() < most * NEAR:
+        return written
+    problem = trials.of_sizes_on_cpu(_problem(input, weight, geometry, work))
+    known = _decided.get(problem)
+    if known is not None:
+        return known[0]
+    own, measured = trials.fastest(problem, written, "cpp", CLEARLY)
+    if measured:
+        _decided[problem] = (own, "measured")
+        _log.info("%s: %s", problem, describe_choice(problem))
+    return own
 
 
 def _problem(input: Tensor, weight: Tensor, geometry: Geometry, work: str) -> trials.Problem:
@@ -174,9 +205,12 @@ def describe(device_type: str) -> str:
     plan = current()
     if plan != "auto":
         return f"{plan}, forced"
-    if device_type == "cpu":
+    setting = tuning.setting()
+    if device_type == "cpu" and setting == "measure":
+        first = "auto: by written limits on a CPU, measured near them"
+    elif device_type == "cpu":
         first = "auto: by written limits on a CPU"
-    elif os.environ.get("PREACT_TUNE", "auto") == "off":
+    elif setting == "off":
         first = "auto: by the cost model, as PREACT_TUNE=off"
     else:
         first = "auto: measured at the first call of each shape"

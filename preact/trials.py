@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +12,8 @@ from torch import Tensor
 
 from . import backends, tuning
 from . import device as devices
+
+LARGEST = 8 << 20
 
 
 class Problem(NamedTuple):
@@ -26,6 +31,8 @@ class Problem(NamedTuple):
     channels_last: bool
     device_type: str
     device_index: int | None
+    threads: int = 0
+    """Of a CPU, where its kernels are timed."""
 
     @property
     def device(self) -> torch.device:
@@ -49,10 +56,32 @@ def capability(problem: Problem) -> int:
     return devices.properties(problem.device).capability
 
 
-def fastest(problem: Problem, preferred: bool) -> tuple[bool, bool]:
+def of_sizes_on_cpu(problem: Problem) -> Problem:
+    """The problem that stands for all of about these sizes, few enough to be timed quickly.
+
+    Image sizes count to three binary digits, and images as far as ``LARGEST`` bytes of input go:
+    enough to leave the second-level cache, as whole batches do.
+    """
+    batch, channels, *image = problem.input_shape
+    image = [_rounded(size) for size in image]
+    threads = torch.get_num_threads()
+    each = channels * math.prod(image) * (4 if problem.dtype == "float32" else 2)
+    most = max(1, LARGEST // (each * threads)) * threads
+    return problem._replace(input_shape=(min(batch, most), channels, *image), threads=threads)
+
+
+def _rounded(size: int) -> int:
+    shift = max(0, size.bit_length() - 3)
+    return (size + (1 << shift) // 2 >> shift) << shift
+
+
+def fastest(
+    problem: Problem, preferred: bool, backend: str = "triton", clearly: float = 1.0
+) -> tuple[bool, bool]:
     """Whether our kernels are faster, and whether that was measured, now or earlier.
 
-    ``preferred`` is the answer where nothing may be measured, or memory does not suffice.
+    ``preferred`` is the answer where nothing may be measured, or memory does not suffice, and where
+    the other takes more than ``clearly`` of its time (on a CPU).
     """
     device = problem.device
     routes = (Route(preferred), Route(not preferred))
@@ -60,24 +89,45 @@ def fastest(problem: Problem, preferred: bool) -> tuple[bool, bool]:
 
     def run(route: Route) -> object:
         if not trial:
-            trial.append(Trial(problem, device))
+            trial.append(Trial(problem, device, backend))
         return trial[0].run(route.own)
 
-    op, key = f"plan {problem.work}", " ".join(str(part) for part in problem[1:-2])
+    key = " ".join(str(part) for part in (*problem[1:9], *problem[11:]))
+    op = f"plan {problem.work}"
     try:
         with torch.no_grad():
-            chosen = tuning.select(op, key, routes, run, device)
-    except torch.cuda.OutOfMemoryError:
+            if device.type == "cuda" or backend == "triton":
+                chosen = tuning.select(op, key, routes, run, device)
+            else:
+                chosen = _select_on_cpu(op, key, routes, run, device, clearly)
+    except torch.OutOfMemoryError:
         return preferred, False
     return chosen.own, tuning.is_known(op, key, device)
+
+
+def _select_on_cpu(
+    op: str,
+    key: str,
+    routes: tuple[Route, Route],
+    run: Callable[[Route], object],
+    device: torch.device,
+    clearly: float,
+) -> Route:
+    known = tuning.recall(op, key, routes, device)
+    if known is not None or tuning.why_not(device):
+        return known or routes[0]
+    written, other = tuning.measure([functools.partial(run, route) for route in routes], device)
+    chosen = routes[1] if other < clearly * written else routes[0]
+    tuning.remember(op, key, chosen, device)
+    return chosen
 
 
 class Trial:
     """Operands for one problem, which nothing else holds; the random state stays as it is."""
 
-    def __init__(self, problem: Problem, device: torch.device) -> None:
+    def __init__(self, problem: Problem, device: torch.device, backend: str = "triton") -> None:
         self.problem = problem
-        self.table = backends.table("triton")
+        self.table = backends.table(backend)
         generator = torch.Generator(device).manual_seed(0)
         dtype: torch.dtype = getattr(torch, problem.dtype)
 

@@ -37,6 +37,8 @@ Config = TypeVar("Config", bound=tuple[object, ...])
 """A named tuple of numbers: block sizes, warps, stages."""
 
 WARM_UP, ROUNDS = 2, 7
+CPU_WARM_UP, CPU_ROUNDS = 1, 3
+SETTINGS = ("auto", "off", "measure")
 
 _log = logging.getLogger("preact")
 _chosen: dict[tuple[int, str, str], tuple[object, ...]] = {}
@@ -86,12 +88,17 @@ def _store(path: Path, entry: str, config: Sequence[object]) -> None:
     _stored.cache_clear()
 
 
+def setting() -> str:
+    """``PREACT_TUNE``: "auto", "off", or "measure", which measures on CPUs as well."""
+    choice = os.environ.get("PREACT_TUNE", "auto")
+    if choice not in SETTINGS:
+        raise ValueError(f"PREACT_TUNE must be one of {', '.join(SETTINGS)}, got {choice!r}")
+    return choice
+
+
 def why_not(device: torch.device) -> str:
     """Empty where measuring is allowed now, else why not."""
-    choice = os.environ.get("PREACT_TUNE", "auto")
-    if choice not in ("auto", "off"):
-        raise ValueError(f"PREACT_TUNE must be auto or off, got {choice!r}")
-    if choice == "off":
+    if setting() == "off":
         return "PREACT_TUNE=off"
     if torch.are_deterministic_algorithms_enabled():
         return "deterministic algorithms are asked for"
@@ -117,12 +124,13 @@ def paused() -> Iterator[None]:
 
 
 def measure(runs: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
-    """Median milliseconds of each of ``runs``, rounds interleaved; on the current CUDA stream."""
+    """Milliseconds of each of ``runs``, rounds interleaved: the median on the current CUDA stream,
+    or the least on a CPU, where whatever else runs only adds."""
+    if device.type != "cuda":
+        return _measure_by_clock(runs)
     for run in runs:
         for _ in range(WARM_UP):
             run()
-    if device.type != "cuda":
-        return _measure_by_clock(runs)
     samples: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in runs]
     for _ in range(ROUNDS):
         for run, sample in zip(runs, samples, strict=True):
@@ -137,12 +145,12 @@ def measure(runs: Sequence[Callable[[], object]], device: torch.device) -> list[
 
 def _measure_by_clock(runs: Sequence[Callable[[], object]]) -> list[float]:
     samples: list[list[float]] = [[] for _ in runs]
-    for _ in range(ROUNDS):
+    for _ in range(CPU_WARM_UP + CPU_ROUNDS):
         for run, sample in zip(runs, samples, strict=True):
             start = time.perf_counter()
             run()
             sample.append(1e3 * (time.perf_counter() - start))
-    return [statistics.median(sample) for sample in samples]
+    return [min(sample[CPU_WARM_UP:]) for sample in samples]
 
 
 def _place(op: str, key: str, device: torch.device) -> tuple[int, str, str]:

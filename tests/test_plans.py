@@ -27,7 +27,7 @@ class FakeTrial:
 
     ran: ClassVar[list[bool]] = []
 
-    def __init__(self, problem: trials.Problem, device: torch.device) -> None: ...
+    def __init__(self, problem: trials.Problem, device: torch.device, backend: str) -> None: ...
 
     def run(self, own: bool) -> None:
         self.ran.append(own)
@@ -100,7 +100,7 @@ def test_the_model_decides_where_nothing_may_be_measured_and_is_forgotten(measur
 
 
 def test_too_little_memory_to_measure_leaves_it_to_the_model(measured, monkeypatch):
-    def fails(problem: trials.Problem, device: torch.device) -> None:
+    def fails(problem: trials.Problem, device: torch.device, backend: str) -> None:
         raise torch.cuda.OutOfMemoryError("no room")
 
     monkeypatch.setattr(trials, "Trial", fails)

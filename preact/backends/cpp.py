@@ -74,29 +74,30 @@ def why_not(device_type: str) -> str:
 
 
 @functools.cache
-def _decide_own_convolutions() -> str:
+def _decide_winograd() -> bool:
     choice = os.environ.get("PREACT_CONV", "auto")
-    if choice not in ("auto", "direct", "library"):
-        raise ValueError(f"PREACT_CONV must be auto, direct or library, got {choice!r}")
-    return choice
+    if choice == "library":
+        raise ValueError("PREACT_CONV=library is PREACT_PLAN=B: every convolution the library's")
+    if choice not in ("auto", "direct"):
+        raise ValueError(f"PREACT_CONV must be auto or direct, got {choice!r}")
+    return choice == "auto"
+
+
+@constant_to_compile
+def _has_winograd() -> bool:
+    """``PREACT_CONV=direct`` does without, here and in the kernels."""
+    return _decide_winograd()
 
 
 @functools.cache
-def _decide_on_this_processor() -> str:
-    runs = cpu_capability() in ("AMX", "AVX512", "AVX2")
-    return _decide_own_convolutions() if runs else "library"
+def _decide_vectors() -> bool:
+    return cpu_capability() in ("AMX", "AVX512", "AVX2")
 
 
 @constant_to_compile
-def _own_convolutions() -> str:
-    """Which convolutions of our own this processor runs: "auto" (all), "direct" or "library"."""
-    return _decide_on_this_processor()
-
-
-@constant_to_compile
-def _allows_own_convolutions() -> bool:
-    """``PREACT_CONV=library`` forbids them, on every device."""
-    return _decide_own_convolutions() != "library"
+def _has_vectors() -> bool:
+    """Whether this processor has the instructions that make our convolutions worth running."""
+    return _decide_vectors()
 
 
 @functools.cache
@@ -149,35 +150,38 @@ def occupies_threads(input: Tensor, weight: Tensor, geometry: Geometry, work: st
     return pointwise or work == "dense block" or input.size(0) >= _threads()
 
 
-def prefers_direct(
+def serves_direct(
     input: Tensor,
     weight: Tensor,
     geometry: Geometry,
     work: str,
     dtype: torch.dtype,
 ) -> bool:
-    """Whether the direct convolution with the BN-ReLU prologue is to be used on the CPU.
+    """Whether the CPU's own convolution with the BN-ReLU prologue runs here, and on all threads.
 
     ``work`` is "forward", "forward with statistics", "backward" or "dense block"; ``dtype`` is the
     type that ``weight`` convolves in.
     """
-    stride, _, dilation, groups = geometry
-    own = _own_convolutions()
-    most = _MOST_WEIGHTS
-    if input.dtype == torch.bfloat16:
-        most = _MOST_WEIGHTS_TILES
-    elif own == "auto" and weight.shape[2:] == (3, 3) and stride == dilation == (1, 1):
-        most = _MOST_WEIGHTS_WINOGRAD
+    stride, _, _, groups = geometry
     return (
-        own != "library"
-        and input.dtype == dtype
+        input.dtype == dtype
         and (input.dtype == torch.float32 or (input.dtype == torch.bfloat16 and _has_tiles()))
         and groups == 1
         and stride in ((1, 1), (2, 2))
         and memory_format_of(input) == torch.channels_last
-        and weight.numel() <= most[work]
+        and _has_vectors()
         and occupies_threads(input, weight, geometry, work)
     )
+
+
+def most_weights(input: Tensor, weight: Tensor, geometry: Geometry, work: str) -> int:
+    """The written limit: weights up to which our convolution is the faster one."""
+    stride, _, dilation, _ = geometry
+    if input.dtype == torch.bfloat16:
+        return _MOST_WEIGHTS_TILES[work]
+    if weight.shape[2:] == (3, 3) and stride == dilation == (1, 1) and _has_winograd():
+        return _MOST_WEIGHTS_WINOGRAD[work]
+    return _MOST_WEIGHTS[work]
 
 
 # Channels for which one block of the CUDA kernels has shared memory on every GPU served.
@@ -203,7 +207,6 @@ def serves_pointwise(
         and padding == (0, 0)
         and max(weight.size(0), weight.size(1)) <= _MOST_POINTWISE_CHANNELS
         and memory_format_of(input) == torch.channels_last
-        and _allows_own_convolutions()
     )
 
 

@@ -1,0 +1,199 @@
+"""Our convolution or the library's on the CPU: by written limits, or measured where asked for."""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import pytest
+import torch
+
+import preact
+from preact import plans, trials, tuning
+from preact.backends import available, cpp
+
+pytestmark = [
+    pytest.mark.skipif(available()["cpp"] != "", reason=f"no kernels: {available()['cpp']}"),
+    pytest.mark.skipif(
+        available()["cpp"] == "" and cpp.cpu_capability() == "baseline",
+        reason="without AVX2 the convolutions are the library's",
+    ),
+]
+
+SAME = ((1, 1), (1, 1), (1, 1), 1)
+POINTWISE = ((1, 1), (0, 0), (1, 1), 1)
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_new_process(monkeypatch, tmp_path):
+    monkeypatch.setenv("PREACT_CACHE_DIR", str(tmp_path))
+    for variable in ("PREACT_PLAN", "PREACT_TUNE", "PREACT_CONV"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(plans, "_decided", {})
+    monkeypatch.setattr(tuning, "_chosen", {})
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The other choice takes ``clock["other"]`` of the written one's time; counts measurements."""
+    times = {"other": 0.5, "asked": 0}
+
+    def measure(runs, device):
+        for run in runs:
+            run()
+        times["asked"] += 1
+        return [1.0, times["other"]]
+
+    monkeypatch.setattr(tuning, "measure", measure)
+    return times
+
+
+def operands(
+    outs: int, channels: int, kernel: int = 1, batch: int = 4, size: int = 8
+) -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.randn(batch, channels, size, size)
+    weight = torch.randn(outs, channels, kernel, kernel)
+    return x.contiguous(memory_format=torch.channels_last), weight
+
+
+def fuses(x: torch.Tensor, weight: torch.Tensor, geometry=POINTWISE, work="backward") -> bool:
+    return plans.fuses_convolution("cpp", x, weight, geometry, work)
+
+
+@pytest.mark.parametrize("setting", ["auto", "off"])
+def test_written_limits_unless_measuring_is_asked_for(setting, clock, monkeypatch):
+    monkeypatch.setenv("PREACT_TUNE", setting)
+    assert fuses(*operands(256, 512))
+    assert not fuses(*operands(512, 512))
+    assert clock["asked"] == 0
+    assert "by written limits" in plans.describe("cpu")
+
+
+def test_measured_once_near_the_limit_and_kept(clock, monkeypatch):
+    monkeypatch.setenv("PREACT_TUNE", "measure")
+    near = operands(256, 512)
+    assert not fuses(*near), "the clock found the other one faster"
+    assert not fuses(*near)
+    assert clock["asked"] == 1
+    assert fuses(*operands(512, 512))
+    assert fuses(*near, work="forward with statistics")
+    assert clock["asked"] == 3
+    (kept,) = list(json.loads(tuning.cache_file(near[0].device).read_text()).items())[:1]
+    assert kept[0].startswith("plan backward (4, 512, 8, 8)")
+    plans._decided.clear()
+    tuning._chosen.clear()
+    assert not fuses(*near)
+    assert clock["asked"] == 3, "another process reads the file"
+    text = plans.describe("cpu")
+    assert "measured near them" in text
+    assert "backward 4x512x8x8 * 256x512x1x1 float32 channels_last: the library, measured" in text
+
+
+def test_only_a_clear_gain_departs_from_the_written_choice(clock, monkeypatch):
+    monkeypatch.setenv("PREACT_TUNE", "measure")
+    clock["other"] = 0.95
+    assert fuses(*operands(256, 512))
+    assert not fuses(*operands(512, 512))
+    assert clock["asked"] == 2
+
+
+def test_far_from_the_limit_nothing_is_measured(clock, monkeypatch):
+    monkeypatch.setenv("PREACT_TUNE", "measure")
+    assert fuses(*operands(16, 16))
+    assert not fuses(*operands(1024, 1024, size=2))
+    assert clock["asked"] == 0
+
+
+def test_a_first_call_of_one_image_says_nothing_of_a_batch(clock, monkeypatch):
+    monkeypatch.setenv("PREACT_TUNE", "measure")
+    monkeypatch.setattr(cpp, "_threads", lambda: 2)
+    assert not fuses(*operands(256, 512, batch=1))
+    assert not fuses(*operands(64, 256, 3, batch=1), SAME), "an image is one thread's: not ours"
+    assert clock["asked"] == 1
+    clock["other"] = 2.0
+    assert fuses(*operands(256, 512, batch=8)), "measured for itself"
+    assert clock["asked"] == 2
+
+
+def test_batches_and_sizes_are_few_problems():
+    def of(batch: int, size: int) -> trials.Problem:
+        x, weight = operands(16, 512, batch=batch, size=size)
+        return trials.of_sizes_on_cpu(plans._problem(x, weight, POINTWISE, "backward"))
+
+    assert of(256, 14) == of(128, 14)
+    assert of(4, 14) != of(8, 14)
+    assert [of(4, size).input_shape[2] for size in (7, 14, 28, 56, 57, 60)] == [
+        7, 14, 28, 56, 56, 64,
+    ]  # fmt: skip
+    assert len({of(4, size) for size in range(1, 65)}) == 20
+
+
+def test_nothing_is_measured_while_compiling(clock, monkeypatch):
+    monkeypatch.setenv("PREACT_TUNE", "measure")
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert fuses(*operands(256, 512))
+    torch.use_deterministic_algorithms(True)
+    try:
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: False)
+        assert fuses(*operands(256, 512))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert clock["asked"] == 0
+    assert plans._decided == {}
+
+
+@pytest.mark.parametrize("work", ["forward", "forward with statistics", "backward"])
+def test_both_ways_of_a_trial_agree(work):
+    x, weight = operands(24, 16, 3)
+    problem = trials.of_sizes_on_cpu(plans._problem(x, weight, SAME, work))
+    state = torch.random.get_rng_state()
+    trial = trials.Trial(problem, problem.device, "cpp")
+    own, other = trial.run(True), trial.run(False)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    if work == "backward":
+        torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-3)
+    elif work == "forward":
+        torch.testing.assert_close(own[0], other, rtol=1e-4, atol=1e-4)
+    else:
+        for mine, theirs in zip(own[1:], other, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_measured_unit_gives_eagers_gradients(monkeypatch):
+    """By the real clock, whatever it finds; the running statistics see one batch."""
+    monkeypatch.setenv("PREACT_TUNE", "measure")
+    monkeypatch.setattr(plans, "NEAR", 1e9)
+    module = preact.PreActBottleneck(64, 16)
+    twin = preact.PreActBottleneck(64, 16)
+    twin.load_state_dict(module.state_dict())
+    x = operands(1, 64)[0].requires_grad_()
+    results = []
+    for each, backend in ((module, "cpp"), (twin, "reference")):
+        with preact.use_backend(backend):
+            results.append(torch.autograd.grad(each(x).square().mean(), x)[0])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+    for mine, theirs in zip(module.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    works = {problem.work for problem in plans._decided}
+    assert works == {"forward with statistics", "backward"}
+
+
+def test_a_forced_plan_is_not_measured(clock, monkeypatch):
+    monkeypatch.setenv("PREACT_TUNE", "measure")
+    for plan, fused in (("A", False), ("B", False), ("E", True)):
+        with preact.use_plan(plan):
+            assert fuses(*operands(256, 512)) == fused
+    assert clock["asked"] == 0
+
+
+def test_the_librarys_convolutions_everywhere_are_plan_b(monkeypatch):
+    read = functools.partial(cpp._decide_winograd.__wrapped__)
+    for name, winograd in (("auto", True), ("direct", False)):
+        monkeypatch.setenv("PREACT_CONV", name)
+        assert read() == winograd
+    monkeypatch.setenv("PREACT_CONV", "library")
+    with pytest.raises(ValueError, match="PREACT_PLAN=B"):
+        read()
+    monkeypatch.setenv("PREACT_CONV", "fastest")
+    with pytest.raises(ValueError, match="auto or direct"):
+        read()
