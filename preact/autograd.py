@@ -252,7 +252,7 @@ class ResidualUnit(torch.autograd.Function):
         if torch.is_grad_enabled():
             input = saved[0]
             found = differentiable_backward(
-                lambda: [_eager_unit(input, settings, saved[1:3], parameters)],
+                lambda: [eager_unit(input, settings, saved[1:3], parameters)],
                 [grad_output],
                 [input, *parameters],
             )
@@ -324,7 +324,7 @@ def _layer_needs(input: bool, needs: Sequence[bool], layers: int, projected: boo
     return found
 
 
-def _eager_unit(
+def eager_unit(
     input: Tensor,
     settings: UnitSettings,
     statistics: Sequence[Tensor],

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import autograd, backends, checks, choice
+from . import autograd, backends, checks, choice, identity_unit
 from .checks import geometry_of as geometry_of
 from .checks import output_shape as output_shape
 
@@ -320,6 +320,13 @@ def residual_unit(
     In backward the shortcut's gradient joins the first batch norm's own pass. Returns the sum and,
     with ``return_statistics``, its ``Statistics`` (None without, or where eager PyTorch ran).
     """
+    key = None
+    if projection is None and not save_activation:
+        key = identity_unit.key_of(input, layers)
+        prepared = identity_unit.known(key)
+        if prepared is not None:  # the same call was checked before
+            first = _statistics("cpp", input, layers[0][0], statistics)
+            return identity_unit.run(input, layers, prepared, first, return_statistics)
     checks.check_norm(input, layers[0][0])
     checks.check_statistics(input, statistics)
     if projection is not None:
@@ -342,8 +349,12 @@ def residual_unit(
     if shortcut != shapes[-1]:
         return _unit_of_prefixes(*whole), None
 
-    parameters: list[Tensor | None] = []
     first = _statistics(backend, input, layers[0][0], statistics)
+    if key is not None and backend == "cpp":
+        prepared = identity_unit.settings_for(key, input, layers, geometries)
+        if prepared is not None:
+            return identity_unit.run(input, layers, prepared, first, return_statistics)
+    parameters: list[Tensor | None] = []
     for index, (norm, conv) in enumerate(layers):
         known: tuple[Tensor | None, Tensor | None] = first
         if index > 0:

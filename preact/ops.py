@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, reference_unit
 
 _NORM = "Tensor mean, Tensor var, Tensor? weight, Tensor? bias"
 _CONV = "int[2] stride, int[2] padding, int[2] dilation, int groups"
@@ -59,6 +59,20 @@ SCHEMAS: dict[str, str] = {
     "batch_norm_backward_coefficients": (
         "(Tensor input, Tensor mean, Tensor var, Tensor? weight, Tensor? grad_weight,"
         " Tensor? grad_bias, float eps) -> Tensor"
+    ),
+}
+
+# Several of those in a row, of the native backend alone: what they save is the way to Python.
+COMPOSED: dict[str, str] = {
+    "residual_unit": (
+        "(Tensor input, Tensor?[] parameters, float[] eps, int[] geometries) -> Tensor[]"
+    ),
+    "residual_unit_backward": (
+        "(Tensor grad_output, Tensor[] inputs, Tensor?[] parameters, float[] eps,"
+        " int[] batch_stats, int[] geometries) -> Tensor[]"
+    ),
+    "update_running_stats": (
+        "(Tensor(a!)[] running, Tensor[] batch, float[] momenta, int count) -> ()"
     ),
 }
 
@@ -194,6 +208,13 @@ def define(
 
 
 _library = define("preact", lambda name: getattr(reference, name), _PARTLY_NATIVE)
+
+for _name, _schema in COMPOSED.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_name, getattr(reference_unit, _name), "CompositeExplicitAutograd")
+    torch.library.register_fake(
+        f"preact::{_name}", getattr(reference_unit, _name), lib=_library
+    )
 
 
 def _allows_tf32() -> bool:

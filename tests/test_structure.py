@@ -16,7 +16,7 @@ from preact.backends import cpp
 PACKAGE = Path(preact.__file__).parent
 # Lower layers first: a module may import its own layer and those before it.
 LAYERS = [
-    {"reference", "costs", "accuracy", "device"},
+    {"reference", "reference_unit", "costs", "accuracy", "device"},
     {"tuning"},
     {"triton_kernels"},
     {"ops"},
@@ -25,6 +25,7 @@ LAYERS = [
     {"plans"},
     {"prefix"},
     {"autograd"},
+    {"identity_unit"},
     {"choice"},
     {"checks", "functional"},
     {"synchronised", "dense"},

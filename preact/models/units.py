@@ -148,11 +148,11 @@ class ResidualUnit(nn.Module):
 
     @property
     def convs(self) -> list[nn.Conv2d]:
-        return [self.get_submodule(f"conv{i + 1}") for i in range(self._depth)]  # type: ignore[misc]
+        return [self._modules[f"conv{i + 1}"] for i in range(self._depth)]  # type: ignore[misc]
 
     @property
     def norms(self) -> list[BatchNorm]:
-        return [self.get_submodule(f"bn{i + 1}") for i in range(self._depth)]  # type: ignore[misc]
+        return [self._modules[f"bn{i + 1}"] for i in range(self._depth)]  # type: ignore[misc]
 
     @property
     def takes_statistics(self) -> bool:

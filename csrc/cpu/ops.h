@@ -1,0 +1,34 @@
+// Ops of this backend that other ops are made of.
+#pragma once
+
+#include <tuple>
+
+#include "common/conv2d_arguments.h"
+
+namespace preact::cpu {
+
+Tensor batch_norm_relu_backward_apply(const Tensor& grad_output, const Tensor& input,
+                                      const Tensor& mean, const Tensor& var,
+                                      const OptionalTensor& weight, const OptionalTensor& bias,
+                                      const OptionalTensor& grad_weight,
+                                      const OptionalTensor& grad_bias,
+                                      const OptionalTensor& grad_skip, double eps);
+
+Tensor batch_norm_backward_coefficients(const Tensor& input, const Tensor& mean, const Tensor& var,
+                                        const OptionalTensor& weight,
+                                        const OptionalTensor& grad_weight,
+                                        const OptionalTensor& grad_bias, double eps);
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_conv2d(
+    const Tensor& input, const Tensor& mean, const Tensor& var, const OptionalTensor& weight,
+    const OptionalTensor& bias, double eps, const Tensor& conv_weight,
+    const OptionalTensor& conv_bias, const OptionalTensor& residual, Pair stride, Pair padding,
+    Pair dilation, int64_t groups);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_conv2d_backward(
+    const Tensor& grad_output, const Tensor& input, const Tensor& mean, const Tensor& var,
+    const OptionalTensor& weight, const OptionalTensor& bias, double eps, const Tensor& conv_weight,
+    const OptionalTensor& grad_activation, Pair stride, Pair padding, Pair dilation, int64_t groups,
+    const OptionalTensor& pending_input, const OptionalTensor& coefficients);
+
+}  // namespace preact::cpu

@@ -1,0 +1,131 @@
+// The identity unit as one op: the same kernels in the same order as the ops one by one, without
+// the way back to Python between them.
+#include <vector>
+
+#include "cpu/ops.h"
+
+namespace preact::cpu {
+namespace {
+
+// Tensors of a layer as the ops take them.
+constexpr size_t kTensors = 5;
+
+struct Layer {
+  OptionalTensor mean, var, weight, bias;
+  Tensor conv_weight;
+  double eps;
+};
+
+std::vector<Layer> layers_of(const std::vector<OptionalTensor>& parameters,
+                             const std::vector<double>& eps) {
+  STD_TORCH_CHECK(!eps.empty() && parameters.size() == kTensors * eps.size(),
+                  "parameters must hold ", kTensors, " tensors for each eps");
+  std::vector<Layer> layers;
+  for (size_t i = 0; i < eps.size(); ++i) {
+    const OptionalTensor* const of = parameters.data() + kTensors * i;
+    STD_TORCH_CHECK(of[4].has_value(), "parameters must hold the weight of every convolution");
+    layers.push_back({of[0], of[1], of[2], of[3], *of[4], eps[i]});
+  }
+  return layers;
+}
+
+struct Geometry {
+  Pair stride, padding, dilation;
+  int64_t groups;
+};
+
+std::vector<Geometry> geometries_of(const std::vector<int64_t>& numbers, size_t layers) {
+  constexpr size_t kNumbers = 7;
+  STD_TORCH_CHECK(numbers.size() == kNumbers * layers,
+                  "geometries must hold ", kNumbers, " numbers for each layer");
+  std::vector<Geometry> found;
+  for (size_t i = 0; i < layers; ++i) {
+    const int64_t* const of = numbers.data() + kNumbers * i;
+    found.push_back({{of[0], of[1]}, {of[2], of[3]}, {of[4], of[5]}, of[6]});
+  }
+  return found;
+}
+
+// Weights may be wider than the maps, as under autocast.
+Tensor as_type(const Tensor& tensor, ScalarType type) {
+  return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
+}
+
+}  // namespace
+
+// parameters holds mean, var, weight, bias of each norm and the weight of its convolution; mean and
+// var are absent where they are to be those of the layer before. Returns the sum and its
+// statistics, then input and statistics of each layer but the first.
+std::vector<Tensor> residual_unit(const Tensor& input, std::vector<OptionalTensor> parameters,
+                                  std::vector<double> eps, std::vector<int64_t> geometries) {
+  const std::vector<Layer> layers = layers_of(parameters, eps);
+  const std::vector<Geometry> of = geometries_of(geometries, layers.size());
+  STD_TORCH_CHECK(layers[0].mean && layers[0].var, "the first norm's mean and var must be given");
+  std::vector<Tensor> inner;
+  Tensor x = input, mean = *layers[0].mean, var = *layers[0].var;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const Layer& layer = layers[i];
+    if (layer.mean) mean = *layer.mean;
+    if (layer.var) var = *layer.var;
+    const bool last = i + 1 == layers.size();
+    std::tie(x, mean, var) = batch_norm_relu_conv2d(
+        x, mean, var, layer.weight, layer.bias, layer.eps,
+        as_type(layer.conv_weight, input.scalar_type()), std::nullopt,
+        last ? OptionalTensor(input) : std::nullopt, of[i].stride, of[i].padding, of[i].dilation,
+        of[i].groups);
+    if (!last) inner.insert(inner.end(), {x, mean, var});
+  }
+  std::vector<Tensor> results{x, mean, var};
+  results.insert(results.end(), inner.begin(), inner.end());
+  return results;
+}
+
+// inputs are those of the layers; parameters as in the forward, with every mean and var. batch_stats
+// says of each norm whether they are its input's own. Returns the gradient of the unit's input, then
+// of each layer those of weight, bias and the convolution's weight.
+std::vector<Tensor> residual_unit_backward(const Tensor& grad_output, std::vector<Tensor> inputs,
+                                           std::vector<OptionalTensor> parameters,
+                                           std::vector<double> eps,
+                                           std::vector<int64_t> batch_stats,
+                                           std::vector<int64_t> geometries) {
+  const std::vector<Layer> layers = layers_of(parameters, eps);
+  const std::vector<Geometry> of = geometries_of(geometries, layers.size());
+  STD_TORCH_CHECK(inputs.size() == layers.size() && batch_stats.size() == layers.size(),
+                  "inputs and batch_stats must hold one element for each layer");
+  std::vector<Tensor> results(1 + 3 * layers.size());
+  Tensor grad = grad_output;
+  OptionalTensor pending_input, coefficients;
+  for (size_t i = layers.size(); i-- > 0;) {
+    const Layer& layer = layers[i];
+    STD_TORCH_CHECK(layer.mean && layer.var, "mean and var of every norm must be given");
+    const Tensor& x = inputs[i];
+    auto [grad_z, grad_weight, grad_bias, grad_conv_weight] = batch_norm_relu_conv2d_backward(
+        grad, x, *layer.mean, *layer.var, layer.weight, layer.bias, layer.eps,
+        as_type(layer.conv_weight, x.scalar_type()), std::nullopt, of[i].stride, of[i].padding,
+        of[i].dilation, of[i].groups, pending_input, coefficients);
+    const OptionalTensor sum_dz_x = batch_stats[i] ? OptionalTensor(grad_weight) : std::nullopt;
+    const OptionalTensor sum_dz = batch_stats[i] ? OptionalTensor(grad_bias) : std::nullopt;
+    if (i > 0) {
+      grad = grad_z;
+      pending_input = x;
+      coefficients = batch_norm_backward_coefficients(x, *layer.mean, *layer.var, layer.weight,
+                                                      sum_dz_x, sum_dz, layer.eps);
+    } else {
+      results[0] = batch_norm_relu_backward_apply(grad_z, x, *layer.mean, *layer.var, layer.weight,
+                                                  layer.bias, sum_dz_x, sum_dz, grad_output,
+                                                  layer.eps);
+    }
+    results[1 + 3 * i] =
+        layer.weight ? as_type(grad_weight, layer.weight->scalar_type()) : grad_weight;
+    results[2 + 3 * i] = layer.bias ? as_type(grad_bias, layer.bias->scalar_type()) : grad_bias;
+    results[3 + 3 * i] = as_type(grad_conv_weight, layer.conv_weight.scalar_type());
+  }
+  return results;
+}
+
+}  // namespace preact::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(preact, CPU, m) {
+  m.impl("residual_unit", TORCH_BOX(&preact::cpu::residual_unit));
+  m.impl("residual_unit_backward", TORCH_BOX(&preact::cpu::residual_unit_backward));
+}

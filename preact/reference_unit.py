@@ -1,0 +1,113 @@
+"""The identity unit's formulas: those of ``reference`` in the order in which a unit runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+TENSORS = 5
+"""Of each layer in ``parameters``: mean, var, weight and bias of the norm, weight of the conv."""
+NUMBERS = 7
+"""Of each layer in ``geometries``: stride, padding, dilation (two each) and groups."""
+
+
+def _geometry(numbers: Sequence[int]) -> tuple[list[int], list[int], list[int], int]:
+    return list(numbers[:2]), list(numbers[2:4]), list(numbers[4:6]), numbers[6]
+
+
+def residual_unit(
+    input: Tensor,
+    parameters: Sequence[Tensor | None],
+    eps: Sequence[float],
+    geometries: Sequence[int],
+) -> list[Tensor]:
+    """BN-ReLU-conv for each layer, plus ``input``; the sum, its mean and variance, and then input,
+    mean and variance of each layer but the first.
+
+    A layer whose mean and var are None takes its input's own statistics, the first must have them.
+    Weights of convolutions may be of another type than ``input``, which is computed in.
+    """
+    x = input
+    found: list[Tensor] = []
+    inner: list[Tensor] = []
+    for index, one in enumerate(eps):
+        mean, var, weight, bias, conv = parameters[TENSORS * index : TENSORS * (index + 1)]
+        if mean is None or var is None:
+            mean, var = found[1:]
+        assert conv is not None
+        last = index + 1 == len(eps)
+        found = list(
+            reference.batch_norm_relu_conv2d(
+                x, mean, var, weight, bias, one, conv.to(input.dtype), None,
+                input if last else None,
+                *_geometry(geometries[NUMBERS * index : NUMBERS * (index + 1)]),
+            )
+        )  # fmt: skip
+        x = found[0]
+        if not last:
+            inner += found
+    return [*found, *inner]
+
+
+def residual_unit_backward(
+    grad_output: Tensor,
+    inputs: Sequence[Tensor],
+    parameters: Sequence[Tensor | None],
+    eps: Sequence[float],
+    batch_stats: Sequence[int],
+    geometries: Sequence[int],
+) -> list[Tensor]:
+    """Gradient of the unit's input, then of each layer those of weight, bias and the conv's weight.
+
+    ``inputs`` are the layers'; ``parameters`` hold every mean and var, ``batch_stats`` says which
+    are the input's own. A parameter's gradient has its type.
+    """
+    grad = grad_output
+    gradients: list[Tensor] = []
+    pending: tuple[Tensor | None, Tensor | None] = (None, None)
+    for index in reversed(range(len(eps))):
+        mean, var, weight, bias, conv = parameters[TENSORS * index : TENSORS * (index + 1)]
+        assert mean is not None
+        assert var is not None
+        assert conv is not None
+        x = inputs[index]
+        grad_z, grad_weight, grad_bias, grad_conv = reference.batch_norm_relu_conv2d_backward(
+            grad, x, mean, var, weight, bias, eps[index], conv.to(x.dtype), None,
+            *_geometry(geometries[NUMBERS * index : NUMBERS * (index + 1)]), *pending,
+        )  # fmt: skip
+        sums: tuple[Tensor | None, Tensor | None] = (None, None)
+        if batch_stats[index]:
+            sums = (grad_weight, grad_bias)
+        if index > 0:
+            grad = grad_z
+            pending = (
+                x,
+                reference.batch_norm_backward_coefficients(x, mean, var, weight, *sums, eps[index]),
+            )
+        else:
+            grad = reference.batch_norm_relu_backward_apply(
+                grad_z, x, mean, var, weight, bias, *sums, grad_output, eps[index]
+            )
+        gradients[:0] = [
+            grad_weight if weight is None else grad_weight.to(weight.dtype),
+            grad_bias if bias is None else grad_bias.to(bias.dtype),
+            grad_conv.to(conv.dtype),
+        ]
+    return [grad, *gradients]
+
+
+def update_running_stats(
+    running: Sequence[Tensor], batch: Sequence[Tensor], momenta: Sequence[float], count: int
+) -> None:
+    """``running = (1 - momentum) * running + momentum * batch``, in place, for each norm's mean and
+    variance in turn; variances with ``count / (count - 1)``."""
+    for index, momentum in enumerate(momenta):
+        mean, var = running[2 * index : 2 * index + 2]
+        unbiased = batch[2 * index + 1] * (count / (count - 1))
+        with torch.no_grad():
+            mean.lerp_(batch[2 * index].to(mean.dtype), momentum)
+            var.lerp_(unbiased.to(var.dtype), momentum)
