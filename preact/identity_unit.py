@@ -164,9 +164,7 @@ class IdentityUnit(torch.autograd.Function):
         ctx: Any, input: Tensor, settings: Settings, *parameters: Tensor | None
     ) -> tuple[Tensor, ...]:
         eps, _, _, numbers, save = settings
-        output, *found = torch.ops.preact.residual_unit(
-            input, parameters, eps, numbers
-        )
+        output, *found = torch.ops.preact.residual_unit(input, parameters, eps, numbers)
         inputs, vectors = [input], found[:2]
         known = list(parameters)
         for index in range(1, len(eps)):
@@ -227,6 +225,4 @@ def _eager(input: Tensor, settings: Settings, parameters: Sequence[Tensor | None
         mean, var, weight, bias, conv = parameters[TENSORS * index : TENSORS * (index + 1)]
         assert conv is not None
         arranged += [weight, bias, mean, var, conv.to(input.dtype), None]
-    return eager_unit(
-        input, (eps, batch_stats, geometries, None, save, False, False), (), arranged
-    )
+    return eager_unit(input, (eps, batch_stats, geometries, None, save, False, False), (), arranged)

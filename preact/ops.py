@@ -212,9 +212,7 @@ _library = define("preact", lambda name: getattr(reference, name), _PARTLY_NATIV
 for _name, _schema in COMPOSED.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, getattr(reference_unit, _name), "CompositeExplicitAutograd")
-    torch.library.register_fake(
-        f"preact::{_name}", getattr(reference_unit, _name), lib=_library
-    )
+    torch.library.register_fake(f"preact::{_name}", getattr(reference_unit, _name), lib=_library)
 
 
 def _allows_tf32() -> bool:

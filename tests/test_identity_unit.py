@@ -1,0 +1,203 @@
+"""The identity unit's own ops: the same results as the ops one by one, and when they run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import preact
+from preact import reference_unit
+from preact.backends import cpp
+
+from .tolerances import assert_as_good_as_eager
+
+OPS = torch.ops.preact
+
+needs_native = pytest.mark.skipif(bool(cpp.why_not("cpu")), reason=cpp.why_not("cpu"))
+
+
+class Calls(TorchDispatchMode):
+    """Names of this package's ops that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "preact":
+            self.names.append(func._schema.name.removeprefix("preact::"))
+        return func(*args, **(kwargs or {}))
+
+
+def operands(dtype=torch.float32, weight_dtype=None, affine=True, own=True):
+    """Arguments of the forward for two layers of 16 and 24 channels."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 16, 6, 7).to(dtype).to(memory_format=torch.channels_last)
+    mean, var = OPS.batch_norm_stats(x)
+    known = (None, None) if own else (torch.randn(24), torch.rand(24) + 0.5)
+    vectors = [(torch.rand(c) + 0.5, torch.randn(c)) if affine else (None, None) for c in (16, 24)]
+    weights = [
+        torch.randn(shape).to(weight_dtype or dtype) / 12
+        for shape in ((24, 16, 3, 3), (16, 24, 3, 3))
+    ]
+    parameters = [mean, var, *vectors[0], weights[0], *known, *vectors[1], weights[1]]
+    return x, parameters, [1e-5, 1e-3], [1, 1, 1, 1, 1, 1, 1] * 2
+
+
+def backward_operands(**options):
+    x, parameters, eps, geometries = operands(**options)
+    found = reference_unit.residual_unit(x, parameters, eps, geometries)
+    inner, mean, var = found[3:6]
+    if parameters[5] is None:
+        parameters = [*parameters[:5], mean, var, *parameters[7:]]
+    own = int(options.get("own", True))
+    return torch.randn_like(x), [x, inner], parameters, eps, [own, own], geometries
+
+
+CASES = {
+    "float32": {},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "autocast": {"dtype": torch.bfloat16, "weight_dtype": torch.float32},
+    "plain": {"affine": False},
+    "evaluation": {"own": False},
+}
+
+
+def doubled(value):
+    if isinstance(value, torch.Tensor):
+        return value.double()
+    return [doubled(v) for v in value] if isinstance(value, list) else value
+
+
+@needs_native
+@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("name", ["residual_unit", "residual_unit_backward"])
+def test_ops_equal_the_formulas(name, case):
+    make = operands if name == "residual_unit" else backward_operands
+    arguments = make(**CASES[case])
+    found = getattr(OPS, name)(*arguments)
+    eager = getattr(reference_unit, name)(*arguments)
+    exact = getattr(reference_unit, name)(*doubled(list(arguments)))
+    terms = max(float(result.abs().max()) for result in exact)
+    for index, (ours, theirs, reference) in enumerate(zip(found, eager, exact, strict=True)):
+        assert ours.dtype == theirs.dtype
+        assert ours.stride() == theirs.stride()
+        assert_as_good_as_eager(f"{name} {index}", ours, theirs, reference, terms)
+
+
+@pytest.mark.parametrize("name", list(preact.ops.COMPOSED))
+def test_opcheck(name):
+    arguments = {
+        "residual_unit": operands(),
+        "residual_unit_backward": backward_operands(),
+        "update_running_stats": ([torch.zeros(3), torch.ones(3)], [torch.randn(3)] * 2, [0.1], 8),
+    }[name]
+    torch.library.opcheck(getattr(OPS, name).default, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_running_statistics(dtype):
+    running = [torch.randn(5).to(dtype), torch.rand(5).to(dtype)] * 2
+    batch = [torch.randn(5), torch.rand(5), torch.randn(5), torch.rand(5)]
+    expected = [vector.clone() for vector in running]
+    running = [vector.clone() for vector in running]
+    reference_unit.update_running_stats(expected, batch, [0.1, 1.0], 7)
+    OPS.update_running_stats(running, batch, [0.1, 1.0], 7)
+    for ours, theirs in zip(running, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([torch.zeros(3)], [torch.zeros(3)], [0.1], 4), "two vectors for each momentum"),
+        (([torch.zeros(3)] * 2, [torch.zeros(4)] * 2, [0.1], 4), "of the same size"),
+        (([torch.zeros(3)] * 2, [torch.zeros(3)] * 2, [0.1], 1), "at least 2"),
+    ],
+)
+@needs_native
+def test_running_statistics_refuse(arguments, message):
+    with pytest.raises(RuntimeError, match=message):
+        OPS.update_running_stats(*arguments)
+
+
+def unit_and_input(**options):
+    torch.manual_seed(1)
+    unit = preact.PreActBasicBlock(16, 16, **options).to(memory_format=torch.channels_last)
+    x = torch.randn(4, 16, 8, 8).to(memory_format=torch.channels_last)
+    return unit, x.requires_grad_()
+
+
+def ran(unit, x, backward=True):
+    with Calls() as calls:
+        output = unit(x)
+        if backward:
+            output.sum().backward()
+    return calls.names
+
+
+@needs_native
+class TestWhenItRuns:
+    def test_in_training_and_evaluation(self):
+        unit, x = unit_and_input()
+        for _ in range(2):  # checked, then remembered
+            assert ran(unit, x).count("residual_unit") == 1
+        unit.eval()
+        with torch.no_grad():
+            assert "residual_unit" in ran(unit, x, backward=False)
+
+    def test_under_autocast(self):
+        unit, x = unit_and_input()
+        x = x.detach().bfloat16().requires_grad_()
+        if cpp.cpu_capability() != "AMX":
+            pytest.skip("this processor convolves bfloat16 in the library")
+        with torch.autocast("cpu", torch.bfloat16):
+            names = ran(unit, x)
+        assert {"residual_unit", "residual_unit_backward"} <= set(names)
+        assert unit.conv1.weight.grad.dtype == torch.float32
+
+    @pytest.mark.parametrize("what", ["frozen", "contiguous", "bias", "plan D", "saved"])
+    def test_not_where_it_cannot(self, what):
+        unit, x = unit_and_input(save_activation=what == "saved")
+        ran(preact.PreActBasicBlock(16, 16).to(memory_format=torch.channels_last), x)  # remembered
+        if what == "frozen":
+            unit.conv1.weight.requires_grad_(False)
+        if what == "contiguous":
+            x = x.detach().contiguous().requires_grad_()
+        if what == "bias":
+            unit.conv1.bias = torch.nn.Parameter(torch.zeros(16))
+        with preact.use_plan("D" if what == "plan D" else "auto"):
+            assert "residual_unit" not in ran(unit, x)
+
+    def test_what_was_remembered_still_refuses(self):
+        unit, x = unit_and_input()
+        ran(unit, x)
+        before = unit.bn2.running_mean.clone()
+        for break_it in (
+            lambda: setattr(unit.bn2.weight, "data", torch.ones(5)),
+            lambda: setattr(unit.conv2.weight, "data", unit.conv2.weight.data.double()),
+            lambda: setattr(unit.bn2, "eps", 0.0),
+        ):
+            saved = unit.bn2.weight.data, unit.conv2.weight.data, unit.bn2.eps
+            break_it()
+            with pytest.raises((RuntimeError, ValueError)):
+                unit(x)
+            unit.bn2.weight.data, unit.conv2.weight.data, unit.bn2.eps = saved
+        torch.testing.assert_close(unit.bn2.running_mean, before, rtol=0, atol=0)
+
+    def test_running_statistics_keep_count_of_their_versions(self):
+        """Autograd notices that what an evaluation saved was overwritten."""
+        unit, x = unit_and_input()
+        unit.eval()
+        output = unit(x)
+        unit.train()
+        unit(x.detach())
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.sum().backward()
+
+    def test_statistics_handed_on_are_checked(self):
+        unit, x = unit_and_input()
+        unit(x)
+        with pytest.raises(RuntimeError, match="mean"):
+            unit(x, (torch.zeros(3), torch.ones(3)))
