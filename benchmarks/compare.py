@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
+import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import click
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from preact import environment
@@ -25,7 +33,9 @@ from .workload import DTYPES, LAYOUTS, MODES
 __all__ = ["compare", "run"]
 
 RESULTS = Path(__file__).parent / "results"
-QUICK_SECONDS = 4.0
+SECONDS, QUICK_SECONDS = 15.0, 4.0
+MINUTES = 6.0
+"""Of a run that names no network, on the slowest machine: as many cases as fit."""
 
 
 class _Choices(click.ParamType[list[str]]):
@@ -111,12 +121,21 @@ def _device(name: str) -> torch.device:
 
 
 def run(
-    cases: Sequence[Case], settings: Settings, csv: Path, conditions: dict[str, str]
+    cases: Sequence[Case],
+    settings: Settings,
+    csv: Path,
+    conditions: dict[str, str],
+    limit: float = math.inf,
 ) -> list[list[Row]]:
     """Run the cases with a progress bar and print a table for each.
 
-    ``csv`` is written anew after every case, so an interrupted run keeps what it has.
+    ``csv`` is written anew after every case, so an interrupted run keeps what it has. A case that
+    would end later than ``limit`` seconds from now, should it take as long as its network's last
+    one or, without one, the longest so far, is left out and named.
     """
+    begin = time.monotonic()
+    took: dict[str, float] = {}
+    left_out: list[Case] = []
     console = report.wide_console()
     results: list[list[Row]] = []
     columns = (
@@ -124,10 +143,18 @@ def run(
         BarColumn(),
         TextColumn("{task.completed:.1f}/{task.total}"),
         TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=len(cases))
         for index, case in enumerate(cases):
+            start = time.monotonic()
+            expected = took.get(case.network.name, max(took.values(), default=0.0))
+            if start - begin + expected > limit:
+                left_out.append(case)
+                progress.update(task, completed=index + 1)
+                continue
 
             def notify(text: str, done: float, case: Case = case, index: int = index) -> None:
                 progress.update(task, description=f"{case}: {text}", completed=index + done)
@@ -136,10 +163,14 @@ def run(
                 rows = run_case(case, settings, notify)
             except Exception as error:  # the other cases can still be measured
                 rows = [_crashed(case, error)]
+            took[case.network.name] = time.monotonic() - start
             results.append(rows)
             progress.console.print(report.case_table(_title(case, rows), rows))
             write_csv(csv, [row for rows in results for row in rows], conditions)
             progress.update(task, completed=index + 1)
+    if left_out:
+        names = "; ".join(map(str, left_out))
+        console.print(f"left out after {limit / 60:g} minutes: {names}. --minutes 0 runs all")
     return results
 
 
@@ -174,7 +205,11 @@ def _succeeded(results: Sequence[Sequence[Row]]) -> bool:
     "--dtypes", type=_Choices(DTYPES), help="bfloat16 is autocast.  [those the device has]"
 )
 @click.option("--modes", type=_Choices(MODES), default="all", show_default=True)
-@click.option("--layouts", type=_Choices(LAYOUTS), default="all", show_default=True)
+@click.option(
+    "--layouts",
+    type=_Choices(LAYOUTS),
+    help="[channels_last on a CPU, where it is the fastest for every provider; else all]",
+)
 @click.option("--device", help="cuda, cuda:1, cpu.  [cuda if there is one, else cpu]")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads on the CPU.")
 @click.option("--batch-size", type=click.IntRange(min=1), help="Instead of each network's own.")
@@ -182,7 +217,12 @@ def _succeeded(results: Sequence[Sequence[Row]]) -> bool:
 @click.option(
     "--seconds",
     type=click.FloatRange(min=0),
-    help="No new timing round of a case after this long, once there are five.  [30]",
+    help="No new timing round of a case after this long, once there are five.  [15]",
+)
+@click.option(
+    "--minutes",
+    type=click.FloatRange(min=0),
+    help="Leave out cases that would end later than this; 0 for all.  [6; 0 with --networks]",
 )
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
@@ -205,12 +245,13 @@ def compare(
     providers: list[str] | None,
     dtypes: list[str] | None,
     modes: list[str],
-    layouts: list[str],
+    layouts: list[str] | None,
     device: str | None,
     threads: int | None,
     batch_size: int | None,
     rounds: int,
     seconds: float | None,
+    minutes: float | None,
     seed: int,
     allocator: str,
     output: Path,
@@ -237,16 +278,23 @@ def compare(
         torch.cuda.set_device(target)
         torch.backends.cudnn.benchmark = True  # eager at its best
     if seconds is None:
-        seconds = QUICK_SECONDS if quick else 30.0
+        seconds = QUICK_SECONDS if quick else SECONDS
+    if minutes is None:
+        minutes = 0.0 if quick or networks else MINUTES
+    if layouts is None:
+        layouts = ["channels_last"] if target.type == "cpu" else list(LAYOUTS)
     names = providers or [n for n, p in PROVIDERS.items() if not (quick and p.compiles)]
     settings = Settings(
         target, [PROVIDERS[n] for n in names], layouts, rounds, seconds, batch_size, seed
     )
+    chosen_networks = _networks(networks, quick, console)
+    chosen_types = _dtypes(dtypes, quick, target, console)
+    # The most telling first, for a run that ends before all of them.
     cases = [
         Case(network, dtype, mode)
-        for network in _networks(networks, quick, console)
-        for dtype in _dtypes(dtypes, quick, target, console)
         for mode in modes
+        for dtype in chosen_types
+        for network in chosen_networks
     ]
     conditions = hardware.describe(target, allocator)
     described = (
@@ -263,10 +311,11 @@ def compare(
     if target.type == "cpu" and float(conditions["load"] or 0) > (os.cpu_count() or 1) / 2:
         console.print("other programs are running: the figures will be poor", style="yellow")
     if not quick:
-        console.print(f"{len(cases)} cases; --quick runs a choice that takes about a minute")
+        within = f", those that fit in {minutes:g} minutes" if minutes else ""
+        console.print(f"{len(cases)} cases{within}; --quick takes about a minute")
     output.mkdir(parents=True, exist_ok=True)
     csv = output / f"{'quick_' if quick else ''}{target.type}.csv"
-    results = run(cases, settings, csv, conditions)
+    results = run(cases, settings, csv, conditions, 60 * minutes or math.inf)
     for name in names:
         if PROVIDERS[name].ours:
             console.print(report.summary_table(results, name))

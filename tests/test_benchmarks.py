@@ -120,6 +120,21 @@ def test_unknown_name_is_refused_with_the_known_ones() -> None:
 
 
 @pytest.mark.usefixtures("tiny")
+def test_a_run_of_limited_length_names_what_it_leaves_out(tmp_path: Path) -> None:
+    result = CliRunner().invoke(
+        main,
+        [
+            "--networks", "tiny", "--device", "cpu", "--output", str(tmp_path), "--rounds", "1",
+            "--dtypes", "float32", "--providers", "eager", "--minutes", "0.001",
+        ],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "left out after 0.001 minutes: tiny, float32, inference" in result.output
+    rows = read_csv(tmp_path / "cpu.csv")
+    assert {(row["mode"], row["layout"]) for row in rows} == {("training", "channels_last")}
+
+
+@pytest.mark.usefixtures("tiny")
 def test_run_writes_every_figure(tmp_path: Path) -> None:
     result = invoke(tmp_path, "--providers", "preact")
     assert result.exit_code == 0, result.output
