@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, plans
+from . import backends, plans, tuning
 from .autograd import eager_unit
 from .plans import Geometry
 from .prefix import differentiable_backward
@@ -55,7 +55,7 @@ def key_of(input: Tensor, layers: Layers) -> tuple[object, ...] | None:
     parts: list[object] = [
         input.shape, input.stride(), input.dtype, input.requires_grad, torch.is_grad_enabled(),
         autocast and torch.get_autocast_dtype("cpu"), torch.get_num_threads(),
-        backends.choose("cpu"), plans.current(),
+        backends.choose("cpu"), plans.current(), tuning.setting(),
     ]  # fmt: skip
     for norm, conv in layers:
         parts += (
