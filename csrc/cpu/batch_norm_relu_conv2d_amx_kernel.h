@@ -136,13 +136,9 @@ struct ForwardEpilogue {
 };
 
 template <bool NARROW>
-void forward_blocks(const cpu::TileForward& task, int64_t begin, int64_t end,
+void forward_blocks(const cpu::TileForward& task, BFloat16* staged, int64_t begin, int64_t end,
                     TileMoments& moments) {
   const Conv2dShape& s = task.blocks.shape;
-  const int64_t size = cpu::staged_size(task.staged);
-  auto* const staged = reinterpret_cast<BFloat16*>(
-      cpu::scratch(cpu::Slot::input, size / 2));
-  std::memset(static_cast<void*>(staged), 0, size * sizeof(BFloat16));
   const ForwardEpilogue<NARROW> epilogue{task.bias.empty() ? nullptr : task.bias.data(),
                                          task.residual, task.output, &moments};
   for (int64_t block = begin; block < end; ++block) {
@@ -160,15 +156,21 @@ void forward_blocks(const cpu::TileForward& task, int64_t begin, int64_t end,
   moments.merge();
 }
 
-// Blocks [begin, end): normalised into the staged map, convolved, and the statistics of each result
-// taken on the way, into mean and m2 [O].
-inline void batch_norm_relu_conv2d_tiles(const cpu::TileForward& task, int64_t begin, int64_t end,
+// Chunks [begin, end): normalised into the staged map, convolved, and the statistics of each result
+// taken on the way, into mean and m2 [chunks][O].
+inline void batch_norm_relu_conv2d_tiles(const cpu::TileForward& task,
+                                         const cpu::BlockChunks& chunks, int64_t begin, int64_t end,
                                          double* mean, double* m2) {
-  TileMoments moments(task.blocks.shape.out_channels, mean, m2);
-  if (cpu::is_narrow(task.blocks.shape.out_channels)) {
-    forward_blocks<true>(task, begin, end, moments);
-  } else {
-    forward_blocks<false>(task, begin, end, moments);
+  const Conv2dShape& s = task.blocks.shape;
+  const int64_t size = cpu::staged_size(task.staged);
+  auto* const staged = reinterpret_cast<BFloat16*>(cpu::scratch(cpu::Slot::input, size / 2));
+  // Zeros stay wherever nothing is staged.
+  std::memset(static_cast<void*>(staged), 0, size * sizeof(BFloat16));
+  const auto run = cpu::is_narrow(s.out_channels) ? &forward_blocks<true> : &forward_blocks<false>;
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    const int64_t first = chunk * s.out_channels;
+    TileMoments moments(s.out_channels, mean + first, m2 + first);
+    run(task, staged, chunks.begin(chunk), chunks.end(s, chunk), moments);
   }
   tile_release();
 }

@@ -113,7 +113,7 @@ struct BackwardEpilogue {
   }
 };
 
-// Where a thread keeps what it staged of a block.
+// Where a thread keeps what it staged of a block; zeros, which stay wherever nothing is staged.
 struct BackwardBuffers {
   BFloat16 *grad, *pairs, *grad_pairs;
   char* planes;
@@ -142,13 +142,12 @@ struct BackwardBuffers {
 };
 
 template <bool NARROW, bool ADD>
-void backward_blocks(const cpu::TileBackward& task, int64_t begin, int64_t end, TileSums& sums,
-                     float* grad_weight) {
+void backward_blocks(const cpu::TileBackward& task, const BackwardBuffers& buffers, int64_t begin,
+                     int64_t end, TileSums& sums, float* grad_weight) {
   const Conv2dShape& s = task.blocks.shape;
   const cpu::PairedPixels& paired = task.paired;
   const Staged& layout = task.staged_grad;
   const int64_t out = cpu::padded(s.out_channels);
-  const BackwardBuffers buffers(task);
   for (int64_t block = begin; block < end; ++block) {
     const int64_t in_columns = task.blocks.columns(block, s.in_w);
     const int64_t out_columns = task.blocks.columns(block, s.out_w);
@@ -194,24 +193,28 @@ void backward_blocks(const cpu::TileBackward& task, int64_t begin, int64_t end, 
                  task.staged.top, task.staged.left, s.stride_w},
                 paired, paired.pairs, buffers.pairs);
     weight_gradient(s, paired, task.staged, buffers.pairs, buffers.planes, buffers.grad_pairs,
-                    grad_weight);
+                    block == begin, grad_weight);
   }
   sums.flush();
 }
 
-// Blocks [begin, end): gradients of the input, masked, with their sums in sum_dz and sum_dz_x [C],
-// either written or scaled and added to grad_skip, and of the weight, as weight_sums says, in
-// grad_weight.
-inline void batch_norm_relu_conv2d_backward_tiles(const cpu::TileBackward& task, int64_t begin,
+// Chunks [begin, end): gradients of the input, masked, with their sums in sum_dz and sum_dz_x
+// [chunks][C], either written or scaled and added to grad_skip, and of the weight, as weight_sums
+// says, in grad_weight [chunks].
+inline void batch_norm_relu_conv2d_backward_tiles(const cpu::TileBackward& task,
+                                                  const cpu::BlockChunks& chunks, int64_t begin,
                                                   int64_t end, double* sum_dz, double* sum_dz_x,
                                                   float* grad_weight) {
   const Conv2dShape& s = task.blocks.shape;
-  std::fill_n(grad_weight, cpu::weight_sums(s), 0.0f);
-  TileSums sums(s.in_channels, sum_dz, sum_dz_x);
+  const BackwardBuffers buffers(task);
   const bool narrow = cpu::is_narrow(s.in_channels);
   const auto run = task.grad_skip
                        ? (narrow ? &backward_blocks<true, true> : &backward_blocks<false, true>)
                        : (narrow ? &backward_blocks<true, false> : &backward_blocks<false, false>);
-  run(task, begin, end, sums, grad_weight);
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    TileSums sums(s.in_channels, sum_dz + chunk * s.in_channels, sum_dz_x + chunk * s.in_channels);
+    run(task, buffers, chunks.begin(chunk), chunks.end(s, chunk), sums,
+        grad_weight + chunk * cpu::weight_sums(s));
+  }
   tile_release();
 }

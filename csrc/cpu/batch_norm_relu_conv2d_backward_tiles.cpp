@@ -57,11 +57,8 @@ void tiled_backward(const Tensor& grad_output, const Tensor& input, const Affine
   float* const sums = scratch(Slot::sums, chunks.count * size);
   std::vector<double> sum_dz(chunks.count * channels), sum_dz_x(chunks.count * channels);
   torch::stable::parallel_for(0, chunks.count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      amx::batch_norm_relu_conv2d_backward_tiles(
-          task, chunks.begin(chunk), chunks.end(blocks, chunk), sum_dz.data() + chunk * channels,
-          sum_dz_x.data() + chunk * channels, sums + chunk * size);
-    }
+    amx::batch_norm_relu_conv2d_backward_tiles(task, chunks, begin, end, sum_dz.data(),
+                                               sum_dz_x.data(), sums);
   });
   write_norm_gradients(sum_dz, sum_dz_x, chunks.count, affine, found);
   unpack_weight_sums(sums, chunks.count, weight_strides(found.grad_conv_weight), blocks,

@@ -36,11 +36,8 @@ std::tuple<Tensor, Tensor> tiled_forward(const Tensor& input, const Affine<float
   const Chunks rows{chunks.count, chunks.size * blocks.out_h * blocks.out_w};
   Partials partials(map, rows);
   torch::stable::parallel_for(0, chunks.count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      amx::batch_norm_relu_conv2d_tiles(task, chunks.begin(chunk), chunks.end(blocks, chunk),
-                                        partials.first.data() + chunk * map.channels,
-                                        partials.second.data() + chunk * map.channels);
-    }
+    amx::batch_norm_relu_conv2d_tiles(task, chunks, begin, end, partials.first.data(),
+                                      partials.second.data());
   });
   write_statistics<float>(partials, map, rows, mean, var);
   return {mean, var};

@@ -1,21 +1,28 @@
 // The gradient of the weight on tile registers. Included by kernels of the AMX level.
 
-// Adds to sums [TAPS][INPUTS * 16][OUTPUTS * 16] what `steps` steps of 32 pixels give: planes of the
-// activation, shifted for each tap, times pairs of gradients.
+// Adds to sums [TAPS][INPUTS * 16][OUTPUTS * 16], or where `fresh` writes there, what `steps` steps
+// of 32 pixels give: planes of the activation, shifted for each tap, times pairs of gradients.
 template <int INPUTS, int OUTPUTS, int TAPS>
 __attribute__((noinline)) void weight_tiles(const char* const* taps, int64_t plane_bytes,
                                             const BFloat16* grad, int64_t grad_tile, int64_t steps,
-                                            float* sums) {
+                                            bool fresh, float* sums) {
   constexpr int64_t kRow = OUTPUTS * 64, kStep = 64;
   constexpr int kSums = INPUTS * OUTPUTS * TAPS;
   static_assert(kSums <= 4 && (OUTPUTS == 1 || TAPS == 1) && (INPUTS == 1 || TAPS == 1));
   // Where sums i stand: a tap's, or a tile of inputs and of outputs.
   constexpr int64_t second = OUTPUTS == 2 ? 16 : INPUTS == 2 ? 256 : 256;
   constexpr int64_t third = 512, fourth = OUTPUTS == 2 ? 528 : 768;
-  tile_load<0>(sums, kRow);
-  if constexpr (kSums > 1) tile_load<1>(sums + second, kRow);
-  if constexpr (kSums > 2) tile_load<2>(sums + third, kRow);
-  if constexpr (kSums > 3) tile_load<3>(sums + fourth, kRow);
+  if (fresh) {
+    tile_zero<0>();
+    if constexpr (kSums > 1) tile_zero<1>();
+    if constexpr (kSums > 2) tile_zero<2>();
+    if constexpr (kSums > 3) tile_zero<3>();
+  } else {
+    tile_load<0>(sums, kRow);
+    if constexpr (kSums > 1) tile_load<1>(sums + second, kRow);
+    if constexpr (kSums > 2) tile_load<2>(sums + third, kRow);
+    if constexpr (kSums > 3) tile_load<3>(sums + fourth, kRow);
+  }
   for (int64_t s = 0; s < steps; ++s, grad += kTile) {
     const int64_t at = s * kStep;
     tile_load<7>(grad, 64);
@@ -45,11 +52,11 @@ __attribute__((noinline)) void weight_tiles(const char* const* taps, int64_t pla
   if constexpr (kSums > 3) tile_store<3>(sums + fourth, kRow);
 }
 
-// Adds the weight gradient of one block to sums: its pairs become planes, and every tap of every
-// two groups of channels runs through all pixels.
+// Adds the weight gradient of one block to sums, or where `fresh` writes it there: its pairs become
+// planes, and every tap of every two groups of channels runs through all pixels.
 inline void weight_gradient(const Conv2dShape& s, const cpu::PairedPixels& paired,
                             const Staged& staged, const BFloat16* pairs, char* planes,
-                            const BFloat16* grad_pairs, float* sums) {
+                            const BFloat16* grad_pairs, bool fresh, float* sums) {
   const int64_t in = cpu::padded(s.in_channels), out = cpu::padded(s.out_channels);
   const int64_t rows = cpu::group_of(s.in_channels), columns = cpu::group_of(s.out_channels);
   for (int64_t tile = 0; tile < paired.phases() * in / 16; ++tile) {
@@ -80,19 +87,19 @@ inline void weight_gradient(const Conv2dShape& s, const cpu::PairedPixels& paire
       for (int64_t t = 0; t < taps; ++t, sums += size) {
         const char* at[3] = {from + starts[t], nullptr, nullptr};
         if (rows == 32 && columns == 32) {
-          weight_tiles<2, 2, 1>(at, paired.plane_bytes, grad, grad_tile, paired.steps, sums);
+          weight_tiles<2, 2, 1>(at, paired.plane_bytes, grad, grad_tile, paired.steps, fresh, sums);
         } else if (columns == 32) {
-          weight_tiles<1, 2, 1>(at, paired.plane_bytes, grad, grad_tile, paired.steps, sums);
+          weight_tiles<1, 2, 1>(at, paired.plane_bytes, grad, grad_tile, paired.steps, fresh, sums);
         } else if (rows == 32) {
-          weight_tiles<2, 1, 1>(at, paired.plane_bytes, grad, grad_tile, paired.steps, sums);
+          weight_tiles<2, 1, 1>(at, paired.plane_bytes, grad, grad_tile, paired.steps, fresh, sums);
         } else if (t + 3 <= taps) {
           at[1] = from + starts[t + 1];
           at[2] = from + starts[t + 2];
-          weight_tiles<1, 1, 3>(at, paired.plane_bytes, grad, grad_tile, paired.steps, sums);
+          weight_tiles<1, 1, 3>(at, paired.plane_bytes, grad, grad_tile, paired.steps, fresh, sums);
           t += 2;
           sums += 2 * size;
         } else {
-          weight_tiles<1, 1, 1>(at, paired.plane_bytes, grad, grad_tile, paired.steps, sums);
+          weight_tiles<1, 1, 1>(at, paired.plane_bytes, grad, grad_tile, paired.steps, fresh, sums);
         }
       }
     }
