@@ -168,12 +168,24 @@ void backward_blocks(const cpu::TileBackward& task, const BackwardBuffers& buffe
                                     task.norm.shift.data(), task.input};
     const BackwardEpilogue<NARROW, ADD> epilogue{activation, task.grad_activation, task.grad_skip,
                                                  task.grad_input, &sums};
+    Ahead ahead;
+    if (block + 1 < s.batch) {
+      const int64_t in = s.in_h * s.in_w, next = offset + in * task.input_stride;
+      const int64_t out = s.out_h * s.out_w, out_next = out_offset + out * task.output_stride;
+      const auto from = [](const BFloat16* map, int64_t at) { return map ? map + at : nullptr; };
+      ahead.read(task.input + next, in, s.in_channels, task.input_stride);
+      ahead.read(task.grad_output + out_next, out, s.out_channels, task.output_stride);
+      ahead.read(from(task.pending_input, out_next), out, s.out_channels, task.output_stride);
+      ahead.read(from(task.grad_activation, next), in, s.in_channels, task.input_stride);
+      ahead.read(from(task.grad_skip, next), in, s.in_channels, task.input_stride);
+      ahead.write(task.grad_input + next, in, s.in_channels, task.input_stride);
+    }
     for (size_t i = 0; i < task.phases.size(); ++i) {
       const TileGather& phase = task.phases[i];
       // Only whole blocks have more than one phase.
       const int64_t columns = s.stride_w == 1 ? in_columns : phase.gather.columns;
       tile_map<NARROW>(phase, columns, 1, buffers.grad, layout, task.weights[i], s.in_channels,
-                       s.in_w, task.input_stride, offset, epilogue);
+                       s.in_w, task.input_stride, offset, epilogue, i == 0 ? ahead : Ahead{});
     }
     sums.add(s.in_h * in_columns);
 

@@ -122,16 +122,33 @@ void batch_norm_relu_conv2d_backward_part(const cpu::DirectBackward& task, int64
       stage(GradSource{grad}, s.out_h, out_columns, task.output_stride, task.staged_grad,
             staged_grad);
     }
+    Ahead ahead;
+    if (block + 1 < s.batch) {
+      const int64_t in = s.in_h * s.in_w, in_step = in * task.input_stride;
+      const int64_t out = s.out_h * s.out_w, out_step = out * task.output_stride;
+      const auto next = [](const float* map, int64_t at) { return map ? map + at : nullptr; };
+      ahead.read(task.input + offset + in_step, in, s.in_channels, task.input_stride);
+      ahead.read(grad + out_step, out, s.out_channels, task.output_stride);
+      ahead.read(next(task.pending_input, out_offset + out_step), out, s.out_channels,
+                 task.output_stride);
+      ahead.read(next(task.grad_activation, offset + in_step), in, s.in_channels,
+                 task.input_stride);
+      ahead.write(next(task.grad_z, offset + in_step), in, s.in_channels, task.input_stride);
+      if (!task.grad_z) {
+        ahead.write(task.grad_skip + offset + in_step, in, s.in_channels, task.input_stride);
+      }
+    }
     if (task.winograd) {
       winograd_map(WinogradTiles::of(s.in_h, s.in_w), staged_grad, task.staged_grad,
-                   task.weights[0], s.in_channels, task.input_stride, nullptr, nullptr, grad_z);
+                   task.weights[0], s.in_channels, task.input_stride, nullptr, nullptr, grad_z, ahead);
     }
     for (size_t i = 0; i < task.phases.size(); ++i) {
       const Gather& phase = task.phases[i];
       // Only whole blocks have more than one phase.
       const int64_t columns = s.stride_w == 1 ? in_columns : phase.columns;
       direct_map<kBlock>(phase, columns, staged_grad, task.staged_grad, task.weights[i],
-                         s.in_channels, s.in_w, task.input_stride, nullptr, nullptr, grad_z);
+                         s.in_channels, s.in_w, task.input_stride, nullptr, nullptr, grad_z,
+                         i == 0 ? ahead : Ahead{});
     }
     const int64_t rows = s.in_h * in_columns;
     const ReducePass<float> reduce{affine, grad_z, task.input + offset, nullptr, nullptr};

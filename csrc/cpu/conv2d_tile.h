@@ -5,6 +5,8 @@
 // channels stands (v * lanes) / 16 panels on and (v * lanes) % 16 floats in, in packed weights and
 // staged maps alike.
 
+#include "cpu/ahead.h"
+
 using cpu::Gather;
 using cpu::kBlock;
 using cpu::Staged;
@@ -151,12 +153,18 @@ PREACT_INLINE void direct_row(const float* input, const TileInput& in, const Til
 #undef PREACT_TILE_WIDTHS
 
 // All outputs of a gather, columns limited to `columns`: [row][column][channels] from `output` on,
-// `width` columns in a row of the map, `stride` floats between them. `residual` is like output, bias [channels]; both may be null.
+// `width` columns in a row of the map, `stride` floats between them. `residual` is like output, bias
+// [channels]; both may be null.
 template <int STEP>
 void direct_map(const Gather& gather, int64_t columns, const float* staged, const Staged& layout,
                 const float* weights, int64_t channels, int64_t width, int64_t stride,
-                const float* bias, const float* residual, float* output) {
+                const float* bias, const float* residual, float* output, const Ahead& ahead) {
   constexpr int64_t kLanes = Pack<float>::lanes;
+  // Columns between two looks ahead, a multiple of every tile's width.
+  constexpr int64_t kRun = 112;
+  const int64_t runs = (columns + kRun - 1) / kRun;
+  const int64_t parts = (channels + 2 * kLanes - 1) / (2 * kLanes) * gather.rows * runs;
+  int64_t part = 0;
   const auto taps = static_cast<int64_t>(gather.taps.size());
   const int64_t blocks = cpu::blocks_of(layout.channels);
   const int64_t panel = blocks * taps * kBlock * kBlock;
@@ -169,13 +177,17 @@ void direct_map(const Gather& gather, int64_t columns, const float* staged, cons
     for (int64_t y = 0; y < gather.rows; ++y) {
       const int64_t offset =
           ((gather.first_y + y * gather.step_y) * width + gather.first_x) * stride + c;
-      const TileOutput out{output + offset, gather.step_x * stride, lanes,
-                           bias ? bias + c : nullptr, residual ? residual + offset : nullptr};
-      const float* row = staged + y * gather.input_step_y * layout.columns * kBlock;
-      if (pair) {
-        direct_row<2, STEP>(row, in, out, columns);
-      } else {
-        direct_row<1, STEP>(row, in, out, columns);
+      const float* const row = staged + y * gather.input_step_y * layout.columns * kBlock;
+      for (int64_t x = 0; x < columns; x += kRun, ++part) {
+        ahead.fetch(part, parts);
+        const int64_t at = offset + x * gather.step_x * stride;
+        const TileOutput out{output + at, gather.step_x * stride, lanes, bias ? bias + c : nullptr,
+                             residual ? residual + at : nullptr};
+        if (pair) {
+          direct_row<2, STEP>(row + x * STEP, in, out, std::min(kRun, columns - x));
+        } else {
+          direct_row<1, STEP>(row + x * STEP, in, out, std::min(kRun, columns - x));
+        }
       }
     }
     c += group;

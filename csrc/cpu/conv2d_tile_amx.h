@@ -1,5 +1,7 @@
 // The bfloat16 convolutions on tile registers. Included by kernels of the AMX level.
 
+#include "cpu/ahead.h"
+
 using cpu::Staged;
 using cpu::TileGather;
 using Bits = __m512i;  // 32 bfloat16
@@ -112,16 +114,19 @@ struct TileOutput {
 template <bool NARROW, typename Epilogue>
 void tile_map(const TileGather& tiled, int64_t columns, int64_t step, const BFloat16* staged,
               const Staged& layout, const BFloat16* weights, int64_t channels, int64_t width,
-              int64_t pixel, int64_t offset, const Epilogue& epilogue) {
+              int64_t pixel, int64_t offset, const Epilogue& epilogue, const Ahead& ahead) {
   constexpr int kTiles = NARROW ? 4 : 2, kSums = NARROW ? 256 : 512;
   const cpu::Gather& gather = tiled.gather;
   const auto steps = static_cast<int64_t>(tiled.steps.size());
   const int64_t most = tile_pixels(gather.columns), in_row = (columns + most - 1) / most;
   const int64_t in_channels = cpu::padded(layout.channels), total = gather.rows * in_row;
+  const int64_t parts = (channels + 31) / 32 * ((total + kTiles - 1) / kTiles);
+  int64_t part = 0;
   alignas(64) float sums[1024];
   tile_configure(TileConfig(static_cast<int>(most), NARROW));
   for (int64_t c = 0; c < channels; c += 32, weights += steps * (NARROW ? 1 : 2) * kTile) {
-    for (int64_t first = 0; first < total; first += kTiles) {
+    for (int64_t first = 0; first < total; first += kTiles, ++part) {
+      ahead.fetch(part, parts);
       const BFloat16* pixels[kTiles];
       TileOutput outputs[kTiles];
       for (int i = 0; i < kTiles; ++i) {

@@ -142,12 +142,14 @@ inline __attribute__((noinline)) void winograd_output(const float* sums, const W
   }
 }
 
-// All outputs of a map, [row][column][channels], `stride` floats between pixels. `residual` is like output, bias [channels]; both
-// may be null.
+// All outputs of a map, [row][column][channels], `stride` floats between pixels. `residual` is like
+// output, bias [channels]; both may be null.
 inline void winograd_map(const WinogradTiles& map, const float* staged, const Staged& layout,
                          const float* weights, int64_t channels, int64_t stride,
-                         const float* bias, const float* residual, float* output) {
+                         const float* bias, const float* residual, float* output,
+                         const Ahead& ahead) {
   const int64_t most = map.at_once();
+  const int64_t runs = (map.rows + map.rows_at_once() - 1) / map.rows_at_once();
   float* const transformed = cpu::scratch(
       cpu::Slot::transformed, kPositions * cpu::position_stride(most, layout.channels));
   float* const sums =
@@ -156,6 +158,7 @@ inline void winograd_map(const WinogradTiles& map, const float* staged, const St
     const int64_t rows = std::min(map.rows_at_once(), map.rows - row);
     winograd_input(staged + 2 * row * layout.columns * kBlock, layout, rows, map.columns,
                    transformed);
+    ahead.fetch(row / map.rows_at_once(), runs);
     winograd_products(transformed, rows * map.columns, layout.channels, weights, channels, sums);
     winograd_output(sums, map, row, rows, channels, stride, bias, residual, output);
   }
