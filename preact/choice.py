@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, plans, proof, tuning
+from . import backends, ops, plans, proof, tuning
 from .accuracy import distance
 from .reference import memory_format_of
 
@@ -105,7 +105,7 @@ def _problem(call: partial[Any]) -> Problem:
         torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
         plans.current(),
         torch.backends.cudnn.benchmark,
-        torch.backends.cudnn.allow_tf32,
+        ops.allows_tf32(),
         torch.get_num_threads() if device.type == "cpu" else None,
     )
     described = (*map(_described, call.args), *map(_described, call.keywords.values()))
@@ -217,7 +217,9 @@ def _fastest(names: Sequence[str], trial: _Trial) -> Choice:
     del expected
     if len(left) == 1:
         return Choice(REFERENCE, True, f"nothing else is left{refused}")
-    times = tuning.measure([partial(trial.run, name) for name in left], trial.device)
+    runs = [partial(trial.run, name) for name in left]
+    with torch.cuda.device(trial.device) if trial.device.type == "cuda" else nullcontext():
+        times = tuning.measure(runs, trial.device)
     fastest = left[times.index(min(times))]
     listed = ", ".join(f"{name} {ms:.3g} ms" for name, ms in zip(left, times, strict=True))
     return Choice(fastest, True, f"measured: {listed}{refused}")

@@ -215,11 +215,13 @@ for _name, _schema in COMPOSED.items():
     torch.library.register_fake(f"preact::{_name}", getattr(reference_unit, _name), lib=_library)
 
 
-def _allows_tf32() -> bool:
+def allows_tf32() -> bool:
+    """Whether float32 convolutions may multiply in TF32; asked by the setting of convolutions
+    alone, as that of all of cuDNN raises where the others differ."""
     cudnn: Any = torch.backends.cudnn  # whose annotations lack conv
     return bool(cudnn.conv.fp32_precision == "tf32")
 
 
 # The CUDA kernels ask, at each call: PyTorch's stable ABI does not tell.
 _library.define("allows_tf32() -> bool")
-_library.impl("allows_tf32", _allows_tf32, "CompositeExplicitAutograd")
+_library.impl("allows_tf32", allows_tf32, "CompositeExplicitAutograd")

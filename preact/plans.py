@@ -22,7 +22,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from . import costs, trials, tuning
+from . import costs, ops, trials, tuning
 from .backends import cpp, triton
 from .reference import memory_format_of
 
@@ -189,7 +189,7 @@ def _by_model(problem: trials.Problem) -> bool:
         own = costs.own_forward(layer)
         other = costs.library_forward(layer, statistics=problem.work != "forward")
     itemsize = 4 if problem.dtype == "float32" else 2
-    tf32 = bool(torch.backends.cudnn.allow_tf32)
+    tf32 = ops.allows_tf32()
     return costs.predicted(own, gpu, itemsize, tf32) <= costs.predicted(other, gpu, itemsize, tf32)
 
 

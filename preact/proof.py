@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, reference, tuning
+from . import backends, ops, reference, tuning
 from .accuracy import mismatch
 
 EPS = 1e-5
@@ -101,22 +101,21 @@ def _prove(backend: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _has_tf32(device: torch.device, dtype: torch.dtype) -> bool:
-    return (
-        device.type == "cuda" and dtype == torch.float32 and bool(torch.backends.cudnn.allow_tf32)
-    )
+    return device.type == "cuda" and dtype == torch.float32 and ops.allows_tf32()
 
 
 @contextmanager
 def _tf32(allowed: bool, device: torch.device) -> Iterator[None]:
     """Convolutions with or without TF32; what they may do outside is as before."""
-    before = torch.backends.cudnn.allow_tf32
+    cudnn: Any = torch.backends.cudnn  # whose annotations lack conv
+    before = cudnn.conv.fp32_precision
     if device.type == "cuda":
-        torch.backends.cudnn.allow_tf32 = allowed
+        cudnn.conv.fp32_precision = "tf32" if allowed else "ieee"
     try:
         yield
     finally:
         if device.type == "cuda":
-            torch.backends.cudnn.allow_tf32 = before
+            cudnn.conv.fp32_precision = before
 
 
 class _Proof:

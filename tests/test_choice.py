@@ -424,6 +424,23 @@ def test_invalid_arguments_raise_before_any_trial(device, clock):
     assert clock.asked == []
 
 
+def test_tf32_by_the_setting_of_convolutions_alone(device, clock):
+    """What PyTorch raises for, where convolutions and RNNs differ, is not asked."""
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    device(first=Backend())
+    try:
+        for precision in ("ieee", "tf32"):
+            conv.fp32_precision = precision
+            unit()(image())
+            with proof._tf32(precision == "ieee", torch.device("cuda")):
+                assert ops.allows_tf32() == (precision == "ieee")
+            assert conv.fp32_precision == precision
+    finally:
+        conv.fp32_precision = before
+    assert len(clock.asked) == 2, "a setting that changes what is fastest"
+
+
 def test_a_forced_backend_is_neither_proved_nor_timed(device, clock):
     fakes = device(first=Backend(unbiased))
     with preact.use_backend("first"):

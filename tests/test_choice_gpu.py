@@ -38,10 +38,10 @@ def test_every_backend_that_can_run_is_right(backend, dtype):
     reason = backends.available("cuda")[backend]
     if reason:
         pytest.skip(reason)
-    before = torch.backends.cudnn.allow_tf32
+    before = torch.backends.cudnn.conv.fp32_precision
     device = torch.device("cuda", torch.cuda.current_device())
     assert proof.why_not(backend, device, [dtype]) == ""
-    assert torch.backends.cudnn.allow_tf32 == before
+    assert torch.backends.cudnn.conv.fp32_precision == before
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
