@@ -25,7 +25,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -43,6 +43,8 @@ FARTHEST = 0.05
 are the proof's concern, a tile that only large maps have is this one's."""
 SIZES = 8
 """Measured of problems that differ by batch and image alone; others take the nearest's choice."""
+
+_PLAIN = (bool, type(None), int, str)
 
 _log = logging.getLogger("preact")
 _lock = threading.RLock()
@@ -69,6 +71,8 @@ class Problem(NamedTuple):
         return self._replace(shape=self.shape[1:2])
 
 
+_known: dict[tuple[object, ...], str] = {}
+"""What was measured, by everything of a call that could tell it from another."""
 _decided: dict[Problem, Choice] = {}
 _names: dict[Problem, str] = {}
 _sizes: dict[Problem, list[tuple[int, str]]] = {}
@@ -85,9 +89,26 @@ def choose(call: partial[Any], dtypes: Sequence[torch.dtype]) -> str:
     pinned: str | None = getattr(_thread, "backend", None)
     if pinned is not None:
         return pinned
-    problem = _problem(call)
+    device = call.args[0].device
+    settings = (
+        torch.is_grad_enabled(),
+        torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
+        plans.current(),
+        torch.backends.cudnn.benchmark,
+        ops.allows_tf32(),
+        torch.get_num_threads() if device.type == "cpu" else None,
+    )
+    key: list[object] = [call.func, device, settings]
+    _flatten(call.args, key)
+    _flatten(call.keywords.values(), key)
+    exact = tuple(key)
+    known = _known.get(exact)
+    if known is not None:
+        return known
+    problem = _problem(call, settings)
     decided = _decided.get(problem)
     if decided is not None and decided.measured:
+        _known[exact] = decided.backend
         return decided.backend
     with _lock:
         decided = _decide(problem, call, sorted(set(dtypes), key=str))
@@ -97,19 +118,29 @@ def choose(call: partial[Any], dtypes: Sequence[torch.dtype]) -> str:
     return decided.backend
 
 
-def _problem(call: partial[Any]) -> Problem:
+def _flatten(values: Iterable[Any], key: list[object]) -> None:
+    """The quick way to a choice that was made: every call takes it."""
+    for value in values:
+        kind = type(value)
+        if kind in _PLAIN:
+            key.append(value)
+        elif kind is float:
+            pass
+        elif hasattr(value, "training"):  # a Norm, whose vectors go together
+            weight = value.weight
+            key += (value.training, None if weight is None else weight.requires_grad)
+        elif isinstance(value, (tuple, list)):
+            _flatten(value, key)
+        else:
+            if value.dim() > 1:
+                key += (value.shape, value.stride(), value.dtype)
+            key.append(value.requires_grad)
+
+
+def _problem(call: partial[Any], settings: tuple[object, ...]) -> Problem:
     input: Tensor = call.args[0]
-    device = input.device
-    settings = (
-        torch.is_grad_enabled(),
-        torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
-        plans.current(),
-        torch.backends.cudnn.benchmark,
-        ops.allows_tf32(),
-        torch.get_num_threads() if device.type == "cpu" else None,
-    )
     described = (*map(_described, call.args), *map(_described, call.keywords.values()))
-    return Problem(call.func.__name__, tuple(input.shape), described, settings, device)
+    return Problem(call.func.__name__, tuple(input.shape), described, settings, input.device)
 
 
 def _described(value: Any, inside: bool = False) -> object:

@@ -105,8 +105,8 @@ def device(monkeypatch, tmp_path):
 def forget(monkeypatch) -> None:
     """As in another process."""
     for module, name in (
-        (choice, "_decided"), (choice, "_names"), (choice, "_sizes"), (proof, "_found"),
-        (tuning, "_chosen"),
+        (choice, "_known"), (choice, "_decided"), (choice, "_names"), (choice, "_sizes"),
+        (proof, "_found"), (tuning, "_chosen"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, {})
 

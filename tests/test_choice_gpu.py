@@ -21,8 +21,8 @@ def as_in_a_new_process(tmp_path, monkeypatch):
     for variable in ("PREACT_TUNE", "PREACT_BACKEND", "PREACT_PLAN"):
         monkeypatch.delenv(variable, raising=False)
     for module, name in (
-        (choice, "_decided"), (choice, "_names"), (choice, "_sizes"), (proof, "_found"),
-        (tuning, "_chosen"), (plans, "_decided"),
+        (choice, "_known"), (choice, "_decided"), (choice, "_names"), (choice, "_sizes"),
+        (proof, "_found"), (tuning, "_chosen"), (plans, "_decided"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, {})
 
