@@ -4,7 +4,8 @@ A layer is BN-ReLU-conv twice. It reads the features before it where they lie an
 beside them, and their statistics, taken as they are written, serve every later layer. In backward a
 layer adds ``scale * dz`` to the one gradient of the features; what batch statistics add to that is
 linear in the features, ``slope * (x - mean) + offset``, the mean being the same in every layer: the
-layers' coefficients are summed, and a feature's gradient is completed where it is read.
+layers' coefficients are summed, and a feature's gradient is completed where it is read. Until then
+it is kept in the accumulation type: rounding each sum would lose a part of what is not yet centred.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from . import backends, checks, functional, plans
 from .functional import Conv, Norm
 from .plans import Geometry
 from .prefix import Affine, cast_like, differentiable_backward, eager_prefix
-from .reference import accumulate_dtype, memory_format_of
+from .reference import accumulate_dtype, memory_format_of, per_channel
 
 DenseLayer = tuple[Norm, Conv, Norm, Conv]
 Settings = tuple[tuple[tuple[float, float, bool, bool, Geometry, Geometry], ...], bool]
@@ -96,8 +97,13 @@ class DenseBlock(torch.autograd.Function):
         starts = _starts(input.size(1), parameters)
         gradients: list[Tensor | None] = [None] * len(parameters)
         # What reads a feature after its layer is complete in `source` but for what `deferred` says.
-        source = grad_output.contiguous(memory_format=memory_format_of(features))
-        grad_features = torch.empty_like(features)
+        accumulate = accumulate_dtype(features.dtype)
+        widens = accumulate != features.dtype
+        grad_features = torch.empty_like(features, dtype=accumulate)
+        if widens:
+            source = grad_features.copy_(grad_output)
+        else:
+            source = grad_output.contiguous(memory_format=memory_format_of(features))
         deferred = torch.stack([torch.ones_like(mean), torch.zeros_like(mean), mean, mean * 0])
         anything_deferred = False
         for index in reversed(range(count)):
@@ -108,7 +114,7 @@ class DenseBlock(torch.autograd.Function):
             bottleneck = bottlenecks[index]
             growth = slice(starts[index], starts[index + 1])
             pending: tuple[Tensor | None, Tensor | None] = (None, None)
-            if anything_deferred:
+            if anything_deferred or widens:
                 pending = (features[:, growth], deferred[:, growth])
             grad_z, *sums, grad_next = table.batch_norm_relu_conv2d_backward(
                 source[:, growth], bottleneck, *second[:5], next_conv[0], None, *next_conv[1],
@@ -141,20 +147,13 @@ class DenseBlock(torch.autograd.Function):
             return (None, None, None, *gradients)
         grad_input = source.narrow(1, 0, starts[0])
         if anything_deferred:
-            grad_input = _complete(table, grad_input, input, deferred[:, : starts[0]])
+            _, slope, centre, offset = (per_channel(row, input) for row in deferred[:, : starts[0]])
+            rest_of_it = (input - centre).mul_(slope).add_(offset)
+            grad_input = rest_of_it.add_(grad_input)
+        # Rounded once: what is to be added to a rounded gradient is less than its last place.
+        grad_input = grad_input.to(input.dtype)
         format = memory_format_of(input)
         return (None, grad_input.contiguous(memory_format=format), None, *gradients)
-
-
-def _complete(table: Any, grad: Tensor, input: Tensor, deferred: Tensor) -> Tensor:
-    """``grad + slope * (input - centre) + offset``: the backward of a norm of scale 1 whose ReLU is
-    open everywhere, its shift being infinite."""
-    centre, sums = deferred[2], deferred[1::2] * -functional.values_per_channel(input)
-    one, shift = torch.ones_like(centre), torch.full_like(centre, torch.inf)
-    completed: Tensor = table.batch_norm_relu_backward_apply(
-        grad, input, centre, one, None, shift, *sums, None, 0.0
-    )
-    return completed
 
 
 def _map(like: Tensor, channels: int, format: torch.memory_format) -> Tensor:

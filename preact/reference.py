@@ -237,7 +237,7 @@ def _incoming(
         return grad_output
     scale, slope, centre, offset = (per_channel(row, grad_output) for row in coefficients)
     formed = scale * grad_output + (slope * (pending_input - centre) + offset)
-    return formed.to(grad_output.dtype)
+    return formed.to(pending_input.dtype)
 
 
 def batch_norm_relu_conv2d_backward_input(
@@ -262,7 +262,8 @@ def batch_norm_relu_conv2d_backward_input(
     ``input`` itself is ``batch_norm_relu_backward_apply`` of ``grad_z``, whose mask changes nothing
     there. Where ``pending_input`` and ``coefficients`` are given, ``grad_output`` is the masked
     gradient ``dz`` of the norm that follows, whose input (this convolution's result) is
-    ``pending_input``, and its ``batch_norm_backward_coefficients`` complete it.
+    ``pending_input``, and its ``batch_norm_backward_coefficients`` complete it; it may then be of
+    the accumulation type.
     """
     grad_output = _incoming(grad_output, pending_input, coefficients)
     grad_activation = torch.ops.aten.convolution_backward.default(
@@ -361,8 +362,9 @@ def batch_norm_relu_conv2d_backward_add(
     """``batch_norm_relu_conv2d_backward`` without ``grad_z``, which is added up instead.
 
     ``grad_input``, which may be ``grad_skip`` itself, becomes ``grad_skip + scale * grad_z``, with
-    ``scale`` of ``batch_norm_backward_coefficients``; the rest of those is left to the caller. All
-    maps may be some channels of wider ones.
+    ``scale`` of ``batch_norm_backward_coefficients``; the rest of those is left to the caller. Both
+    are of the accumulation type: a rounded sum would lose a part of each share, whose mean is not
+    zero. All maps may be some channels of wider ones.
     """
     grad_z, *found = batch_norm_relu_conv2d_backward(
         grad_output, input, mean, var, weight, bias, eps, conv_weight, None, stride, padding,

@@ -58,6 +58,16 @@ inline void check_result_like(const Tensor& tensor, const Conv2dShape& shape, co
       name, " must have the shape, type and device of the convolution's result");
 }
 
+// A map in the shape of `like` and its accumulation type.
+inline void check_accumulated(const Tensor& tensor, const Tensor& like, const char* name) {
+  bool same = tensor.dim() == like.dim() && tensor.device() == like.device() &&
+              tensor.scalar_type() == accumulate_type(like.scalar_type());
+  for (int64_t dim = 0; same && dim < like.dim(); ++dim) {
+    same = tensor.size(dim) == like.size(dim);
+  }
+  STD_TORCH_CHECK(same, name, " must have the shape and accumulation type of the map it belongs to");
+}
+
 // What goes into the forward beside input and weight, which are of one type.
 inline void check_conv2d_forward(const Tensor& input, const Conv2dShape& shape,
                                  const OptionalTensor& conv_bias, const OptionalTensor& residual) {
@@ -75,12 +85,19 @@ inline void check_conv2d_backward(const Tensor& grad_output, const Tensor& input
                                   const Conv2dShape& shape, const OptionalTensor& grad_activation,
                                   const OptionalTensor& pending_input,
                                   const OptionalTensor& coefficients) {
-  check_result_like(grad_output, shape, input, "grad_output");
+  // What adds up in a wider type may be completed from that.
+  const bool wide = pending_input && grad_output.scalar_type() != input.scalar_type() &&
+                    grad_output.scalar_type() == accumulate_type(input.scalar_type());
+  check_result_like(wide ? *pending_input : grad_output, shape, input, "grad_output");
   STD_TORCH_CHECK(pending_input.has_value() == coefficients.has_value(),
                   "pending_input and coefficients must be given together");
   if (grad_activation) check_like(*grad_activation, input, "grad_activation");
   if (pending_input) {
-    check_like(*pending_input, grad_output, "pending_input");
+    if (wide) {
+      check_accumulated(grad_output, *pending_input, "grad_output");
+    } else {
+      check_like(*pending_input, grad_output, "pending_input");
+    }
     STD_TORCH_CHECK(coefficients->dim() == 2 && coefficients->size(0) == 4 &&
                         coefficients->size(1) == shape.out_channels &&
                         coefficients->scalar_type() == accumulate_type(input.scalar_type()) &&

@@ -41,14 +41,16 @@ class TileSums {
 };
 
 // Writes tiles of the input's gradient: adds grad_activation, applies the ReLU's mask, and takes the
-// sums of that. Where ADD, it is scaled and added to grad_skip, and only their sum is written: what
-// the sums of dz add to the gradient of the input is not known yet and not in it.
+// sums of that. Where ADD, it is scaled and added to skip, and only their sum is written: what the
+// sums of dz add to the gradient of the input is not known yet and not in it. Both are float: rounded
+// sums would lose of each layer's share a part whose mean is not zero.
 template <bool NARROW, bool ADD>
 struct BackwardEpilogue {
   TileActivation activation;
   const BFloat16* grad_activation;  // null where nothing is to be added
-  const BFloat16* grad_skip;
-  BFloat16* grad;
+  BFloat16* grad;    // where not ADD
+  const float* skip;
+  float* total;      // may be skip
   TileSums* sums;
 
   PREACT_INLINE Bits result(const float* from, const TileOutput& out, int64_t i, bool two) const {
@@ -93,16 +95,16 @@ struct BackwardEpilogue {
       }
       const Floats e = _mm512_maskz_mov_ps(evens, even(bits));
       const Floats o = _mm512_maskz_mov_ps(odds, odd(bits));
-      Bits written;
       if constexpr (ADD) {
-        const Bits skip = load_pixels<NARROW>(grad_skip, out, i, two);
-        written = rounded_pair(_mm512_fmadd_ps(values.scale.even, e, even(skip)),
-                               _mm512_fmadd_ps(values.scale.odd, o, odd(skip)));
+        LaneValues sum = load_floats<NARROW>(skip, out, i, two);
+        sum.even = _mm512_fmadd_ps(values.scale.even, e, sum.even);
+        sum.odd = _mm512_fmadd_ps(values.scale.odd, o, sum.odd);
+        store_floats<NARROW>(total, out, i, two, sum);
       } else {
-        written =
+        const Bits masked =
             _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(e), 16), _mm512_castps_si512(o));
+        store_pixels<NARROW>(grad, out, i, two, masked);
       }
-      store_pixels<NARROW>(grad, out, i, two, written);
       dz.even += e;
       dz.odd += o;
       dz_x.even = _mm512_fmadd_ps(e, centred_even, dz_x.even);
@@ -141,6 +143,18 @@ struct BackwardBuffers {
   }
 };
 
+// A block of the gradient that the following norm left pending.
+template <typename G>
+void stage_pending(const cpu::TileBackward& task, const G* grad, int64_t offset, int64_t columns,
+                   BFloat16* staged) {
+  const Conv2dShape& s = task.blocks.shape;
+  const float* const rows = task.coefficients.data();
+  const int64_t lanes = cpu::vector_size_of(s.out_channels);
+  stage_tiles(TilePending<G>{grad, task.pending_input + offset, rows, rows + lanes,
+                             rows + 2 * lanes, rows + 3 * lanes},
+              s.out_h, columns, s.out_w, task.output_stride, task.staged_grad, staged);
+}
+
 template <bool NARROW, bool ADD>
 void backward_blocks(const cpu::TileBackward& task, const BackwardBuffers& buffers, int64_t begin,
                      int64_t end, TileSums& sums, float* grad_weight) {
@@ -153,32 +167,37 @@ void backward_blocks(const cpu::TileBackward& task, const BackwardBuffers& buffe
     const int64_t out_columns = task.blocks.columns(block, s.out_w);
     const int64_t offset = block * s.in_h * s.in_w * task.input_stride;
     const int64_t out_offset = block * s.out_h * s.out_w * task.output_stride;
-    const BFloat16* const grad = task.grad_output + out_offset;
-    if (task.pending_input) {
-      const float* const rows = task.coefficients.data();
-      const int64_t lanes = cpu::vector_size_of(s.out_channels);
-      stage_tiles(TilePending{grad, task.pending_input + out_offset, rows, rows + lanes,
-                              rows + 2 * lanes, rows + 3 * lanes},
-                  s.out_h, out_columns, s.out_w, task.output_stride, layout, buffers.grad);
+    if (task.wide_grad) {
+      stage_pending(task, task.wide_grad + out_offset, out_offset, out_columns, buffers.grad);
+    } else if (task.pending_input) {
+      stage_pending(task, task.grad_output + out_offset, out_offset, out_columns, buffers.grad);
     } else {
-      stage_tiles(TileCopy{grad}, s.out_h, out_columns, s.out_w, task.output_stride, layout,
-                  buffers.grad);
+      stage_tiles(TileCopy{task.grad_output + out_offset}, s.out_h, out_columns, s.out_w,
+                  task.output_stride, layout, buffers.grad);
     }
     const TileActivation activation{task.norm.mean.data(), task.norm.scale.data(),
                                     task.norm.shift.data(), task.input};
-    const BackwardEpilogue<NARROW, ADD> epilogue{activation, task.grad_activation, task.grad_skip,
-                                                 task.grad_input, &sums};
+    // Before the epilogue, which finds the input in the cache then.
+    TileActivation source = activation;
+    source.map += offset;
+    stage_pairs(source,
+                {s.in_h, in_columns, s.in_channels, task.input_stride, s.in_w * task.input_stride,
+                 task.staged.top, task.staged.left, s.stride_w},
+                paired, paired.pairs, buffers.pairs);
+    const BackwardEpilogue<NARROW, ADD> epilogue{activation, task.grad_activation, task.grad_z,
+                                                 task.skip,  task.total,           &sums};
     Ahead ahead;
     if (block + 1 < s.batch) {
       const int64_t in = s.in_h * s.in_w, next = offset + in * task.input_stride;
       const int64_t out = s.out_h * s.out_w, out_next = out_offset + out * task.output_stride;
-      const auto from = [](const BFloat16* map, int64_t at) { return map ? map + at : nullptr; };
+      const auto from = [](const auto* map, int64_t at) { return map ? map + at : nullptr; };
       ahead.read(task.input + next, in, s.in_channels, task.input_stride);
-      ahead.read(task.grad_output + out_next, out, s.out_channels, task.output_stride);
+      ahead.read(from(task.grad_output, out_next), out, s.out_channels, task.output_stride);
+      ahead.read(from(task.wide_grad, out_next), out, s.out_channels, task.output_stride);
       ahead.read(from(task.pending_input, out_next), out, s.out_channels, task.output_stride);
       ahead.read(from(task.grad_activation, next), in, s.in_channels, task.input_stride);
-      ahead.read(from(task.grad_skip, next), in, s.in_channels, task.input_stride);
-      ahead.write(task.grad_input + next, in, s.in_channels, task.input_stride);
+      ahead.read(from(task.skip, next), in, s.in_channels, task.input_stride);
+      if (task.grad_z) ahead.write(task.grad_z + next, in, s.in_channels, task.input_stride);
     }
     for (size_t i = 0; i < task.phases.size(); ++i) {
       const TileGather& phase = task.phases[i];
@@ -198,12 +217,6 @@ void backward_blocks(const cpu::TileBackward& task, const BackwardBuffers& buffe
     stage_pairs(TileCopy{origin},
                 {s.out_h, out_columns, s.out_channels, out, layout.columns * out, 0, 0, 1}, paired,
                 paired.steps * 16, buffers.grad_pairs);
-    TileActivation source = activation;
-    source.map += offset;
-    stage_pairs(source,
-                {s.in_h, in_columns, s.in_channels, task.input_stride, s.in_w * task.input_stride,
-                 task.staged.top, task.staged.left, s.stride_w},
-                paired, paired.pairs, buffers.pairs);
     weight_gradient(s, paired, task.staged, buffers.pairs, buffers.planes, buffers.grad_pairs,
                     block == begin, grad_weight);
   }
@@ -220,7 +233,7 @@ inline void batch_norm_relu_conv2d_backward_tiles(const cpu::TileBackward& task,
   const Conv2dShape& s = task.blocks.shape;
   const BackwardBuffers buffers(task);
   const bool narrow = cpu::is_narrow(s.in_channels);
-  const auto run = task.grad_skip
+  const auto run = task.total
                        ? (narrow ? &backward_blocks<true, true> : &backward_blocks<false, true>)
                        : (narrow ? &backward_blocks<true, false> : &backward_blocks<false, false>);
   for (int64_t chunk = begin; chunk < end; ++chunk) {

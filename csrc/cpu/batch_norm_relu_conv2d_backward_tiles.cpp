@@ -18,6 +18,7 @@ void tiled_backward(const Tensor& grad_output, const Tensor& input, const Affine
   const auto maybe = [](const OptionalTensor& tensor) {
     return tensor ? data<BFloat16>(*tensor) : nullptr;
   };
+  const bool wide = grad_output.scalar_type() == ScalarType::Float;
   TileBackward task{direct,
                     staged,
                     staged_grad,
@@ -26,12 +27,14 @@ void tiled_backward(const Tensor& grad_output, const Tensor& input, const Affine
                     PairedPixels(blocks, staged),
                     TileNorm(direct_norm(affine), shape.in_channels),
                     data<BFloat16>(input),
-                    data<BFloat16>(grad_output),
+                    wide ? nullptr : data<BFloat16>(grad_output),
                     maybe(grad_activation),
                     maybe(pending_input),
                     {},
-                    maybe(grad_skip),
-                    mutable_data<BFloat16>(found.grad_z),
+                    wide ? data<float>(grad_output) : nullptr,
+                    grad_skip ? nullptr : mutable_data<BFloat16>(found.grad_z),
+                    maybe_data(grad_skip),
+                    grad_skip ? mutable_data<float>(found.grad_z) : nullptr,
                     pixel_stride(input),
                     pixel_stride(grad_output)};
   for (int64_t row = 0; coefficients && row < 4; ++row) {

@@ -107,8 +107,10 @@ struct TileBackward {
   const BFloat16 *input, *grad_output, *grad_activation;
   const BFloat16* pending_input;    // null where grad_output is the gradient itself
   std::vector<float> coefficients;  // [4][O], by lane: scale, slope, centre, offset
-  const BFloat16* grad_skip;        // null, or what scale * grad_z is added to:
-  BFloat16* grad_input;             // grad_z, or the sum; may be grad_skip
+  const float* wide_grad;           // grad_output where it is float, pending always; or null
+  BFloat16* grad_z;                 // null where scale * grad_z is added to skip instead:
+  const float* skip;
+  float* total;                     // their sum; may be skip
   int64_t input_stride;             // between pixels of input and all gradients like it
   int64_t output_stride;            // between pixels of grad_output and pending_input
 };

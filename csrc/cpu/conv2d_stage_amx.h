@@ -10,6 +10,10 @@ struct Together {
   PREACT_INLINE Bits operator()(const BFloat16* map) const {
     return _mm512_maskz_loadu_epi16(lanes, map + at);
   }
+  PREACT_INLINE LaneValues values(const BFloat16* map) const { return values_of((*this)(map)); }
+  PREACT_INLINE LaneValues values(const float* map) const {
+    return float_lanes(map + at, map + at + 16, lanes);
+  }
 };
 // Two narrow pixels.
 struct Apart {
@@ -17,11 +21,12 @@ struct Apart {
   PREACT_INLINE Bits operator()(const BFloat16* map) const {
     return two_pixels(map + first, map + second);
   }
+  PREACT_INLINE LaneValues values(const BFloat16* map) const { return values_of((*this)(map)); }
+  PREACT_INLINE LaneValues values(const float* map) const {
+    return float_lanes(map + first, map + second, ~__mmask32{0});
+  }
 };
 
-struct LaneValues {
-  Floats even, odd;
-};
 PREACT_INLINE LaneValues lane_values(const float* by_lane, int64_t lane) {
   return {_mm512_loadu_ps(by_lane + lane), _mm512_loadu_ps(by_lane + lane + 16)};
 }
@@ -69,8 +74,10 @@ struct TileCopy {
 
 // The same where the following norm's backward has yet to be applied:
 // scale * dz + slope * (x - centre) + offset.
+template <typename G>
 struct TilePending {
-  const BFloat16 *dz, *input;
+  const G* dz;
+  const BFloat16* input;
   const float *scale, *slope, *centre, *offset;  // by lane
 
   struct Values {
@@ -82,17 +89,18 @@ struct TilePending {
   }
   template <typename At>
   PREACT_INLINE Bits value(const Values& v, const At& at) const {
-    const Bits g = at(dz), x = at(input);
+    const LaneValues g = at.values(dz), x = at.values(input);
     return rounded_pair(
-        _mm512_fmadd_ps(v.scale.even, even(g),
-                        _mm512_fmadd_ps(v.slope.even, even(x) - v.centre.even, v.offset.even)),
-        _mm512_fmadd_ps(v.scale.odd, odd(g),
-                        _mm512_fmadd_ps(v.slope.odd, odd(x) - v.centre.odd, v.offset.odd)));
+        _mm512_fmadd_ps(v.scale.even, g.even,
+                        _mm512_fmadd_ps(v.slope.even, x.even - v.centre.even, v.offset.even)),
+        _mm512_fmadd_ps(v.scale.odd, g.odd,
+                        _mm512_fmadd_ps(v.slope.odd, x.odd - v.centre.odd, v.offset.odd)));
   }
 };
 
-// Pixels between two loads of the per-channel values, where there are several groups of channels.
-constexpr int64_t kStagePixels = 32;
+// Pixels between two loads of the per-channel values, where there are several groups of channels:
+// few, so that memory is read nearly in order.
+constexpr int64_t kStagePixels = 4;
 
 // Writes a map [height][width][channels], its pixels `pixel` elements apart, into a staged one.
 template <typename Source>

@@ -41,6 +41,28 @@ PREACT_INLINE __mmask32 first_lanes(int64_t count) {
   return count >= 32 ? ~__mmask32{0} : (__mmask32{1} << count) - 1;
 }
 
+struct LaneValues {
+  Floats even, odd;
+};
+PREACT_INLINE LaneValues values_of(Bits bits) { return {even(bits), odd(bits)}; }
+
+// 16 floats at `a` and 16 at `b`, zeros beyond `lanes`, and their way back.
+PREACT_INLINE LaneValues float_lanes(const float* a, const float* b, __mmask32 lanes) {
+  const Bits evens = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  const Bits odds = _mm512_add_epi32(evens, _mm512_set1_epi32(1));
+  const Floats low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), a);
+  const Floats high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes >> 16), b);
+  return {_mm512_permutex2var_ps(low, evens, high), _mm512_permutex2var_ps(low, odds, high)};
+}
+PREACT_INLINE void store_float_lanes(float* a, float* b, __mmask32 lanes, const LaneValues& v) {
+  const Bits low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const Bits high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  _mm512_mask_storeu_ps(a, static_cast<__mmask16>(lanes),
+                        _mm512_permutex2var_ps(v.even, low, v.odd));
+  _mm512_mask_storeu_ps(b, static_cast<__mmask16>(lanes >> 16),
+                        _mm512_permutex2var_ps(v.even, high, v.odd));
+}
+
 // 32 elements at `a`, or the 16 of a narrow pixel at `a` and the 16 at `b`; null is zeros.
 PREACT_INLINE Bits two_pixels(const BFloat16* a, const BFloat16* b) {
   const auto* const first = reinterpret_cast<const __m256i*>(a);
@@ -179,5 +201,24 @@ PREACT_INLINE void store_pixels(BFloat16* map, const TileOutput& out, int64_t i,
     }
   } else {
     _mm512_mask_storeu_epi16(map + i, out.lanes, bits);
+  }
+}
+
+// The same of a map of floats.
+template <bool NARROW>
+PREACT_INLINE LaneValues load_floats(const float* map, const TileOutput& out, int64_t i, bool two) {
+  if constexpr (NARROW) {
+    return float_lanes(map + i, map + i + out.stride, first_lanes(two ? 32 : 16));
+  } else {
+    return float_lanes(map + i, map + i + 16, out.lanes);
+  }
+}
+template <bool NARROW>
+PREACT_INLINE void store_floats(float* map, const TileOutput& out, int64_t i, bool two,
+                                const LaneValues& values) {
+  if constexpr (NARROW) {
+    store_float_lanes(map + i, map + i + out.stride, first_lanes(two ? 32 : 16), values);
+  } else {
+    store_float_lanes(map + i, map + i + 16, out.lanes, values);
   }
 }

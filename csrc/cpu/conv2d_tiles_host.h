@@ -32,7 +32,7 @@ std::tuple<Tensor, Tensor> tiled_forward(const Tensor& input, const Affine<float
                                          const Tensor& output);
 
 // Where grad_skip is given, found.grad_z becomes the sum of it and of what grad_z contributes to
-// the gradient of the input.
+// the gradient of the input, both float. A pending grad_output may be float too.
 void tiled_backward(const Tensor& grad_output, const Tensor& input, const Affine<float>& affine,
                     const Tensor& conv_weight, const OptionalTensor& grad_activation,
                     const OptionalTensor& grad_skip, const OptionalTensor& pending_input,
