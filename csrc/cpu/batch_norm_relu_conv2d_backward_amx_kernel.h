@@ -97,6 +97,9 @@ struct BackwardEpilogue {
       const Floats o = _mm512_maskz_mov_ps(odds, odd(bits));
       if constexpr (ADD) {
         LaneValues sum = load_floats<NARROW>(skip, out, i, two);
+        // The pixel's next 32 channels, which no prefetcher expects: pixels stand far apart.
+        __builtin_prefetch(skip + i + 32, 1, 2);
+        __builtin_prefetch(skip + i + 48, 1, 2);
         sum.even = _mm512_fmadd_ps(values.scale.even, e, sum.even);
         sum.odd = _mm512_fmadd_ps(values.scale.odd, o, sum.odd);
         store_floats<NARROW>(total, out, i, two, sum);
