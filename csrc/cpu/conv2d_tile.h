@@ -160,8 +160,8 @@ void direct_map(const Gather& gather, int64_t columns, const float* staged, cons
                 const float* weights, int64_t channels, int64_t width, int64_t stride,
                 const float* bias, const float* residual, float* output, const Ahead& ahead) {
   constexpr int64_t kLanes = Pack<float>::lanes;
-  // Columns between two looks ahead, a multiple of every tile's width.
-  constexpr int64_t kRun = 112;
+  // Columns between two looks ahead, two or more of the widest tiles.
+  constexpr int64_t kRun = PREACT_VECTOR_BYTES == 64 ? 28 : 24;
   const int64_t runs = (columns + kRun - 1) / kRun;
   const int64_t parts = (channels + 2 * kLanes - 1) / (2 * kLanes) * gather.rows * runs;
   int64_t part = 0;

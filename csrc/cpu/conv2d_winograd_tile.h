@@ -79,14 +79,17 @@ inline __attribute__((noinline)) void winograd_grad_output(const float* grad, co
   }
 }
 
-// The products of every position: [position][tile][channels padded to whole blocks].
+// The products of every position: [position][tile][channels padded to whole blocks]. This is run
+// `run` of `runs`, between which what lies ahead is fetched.
 inline void winograd_products(const float* transformed, int64_t tiles, int64_t in_channels,
-                              const float* weights, int64_t channels, float* sums) {
+                              const float* weights, int64_t channels, float* sums,
+                              const Ahead& ahead, int64_t run, int64_t runs) {
   constexpr int64_t kLanes = Pack<float>::lanes;
   static constexpr int64_t kNoTap[] = {0};
   const int64_t blocks = cpu::blocks_of(in_channels), width = cpu::blocks_of(channels) * kBlock;
   const int64_t panel = blocks * kBlock * kBlock;
   for (int64_t p = 0; p < kPositions; ++p) {
+    ahead.fetch(run * kPositions + p, runs * kPositions);
     const float* const input = transformed + p * cpu::position_stride(tiles, in_channels);
     float* const output = sums + p * cpu::position_stride(tiles, channels);
     const float* const position_weights = weights + p * blocks * kBlock * width;
@@ -158,8 +161,8 @@ inline void winograd_map(const WinogradTiles& map, const float* staged, const St
     const int64_t rows = std::min(map.rows_at_once(), map.rows - row);
     winograd_input(staged + 2 * row * layout.columns * kBlock, layout, rows, map.columns,
                    transformed);
-    ahead.fetch(row / map.rows_at_once(), runs);
-    winograd_products(transformed, rows * map.columns, layout.channels, weights, channels, sums);
+    winograd_products(transformed, rows * map.columns, layout.channels, weights, channels, sums,
+                      ahead, row / map.rows_at_once(), runs);
     winograd_output(sums, map, row, rows, channels, stride, bias, residual, output);
   }
 }
