@@ -1,37 +1,47 @@
 #define PREACT_KERNELS "cpu/batch_norm_relu_backward_apply_kernel.h"
 #include "cpu/foreach_capability.h"
 #include "cpu/host.h"
+#include "cpu/ops.h"
 
 namespace preact::cpu {
 
-// Gradient of input, plus grad_skip. grad_weight and grad_bias are the reduce op's sums where mean
-// and var belong to the batch, absent where they are constants.
-Tensor batch_norm_relu_backward_apply(const Tensor& grad_output_, const Tensor& input_,
-                                      const Tensor& mean, const Tensor& var,
-                                      const OptionalTensor& weight, const OptionalTensor& bias,
-                                      const OptionalTensor& grad_weight,
-                                      const OptionalTensor& grad_bias,
-                                      const OptionalTensor& grad_skip, double eps) {
-  check_like(grad_output_, input_, "grad_output");
-  if (grad_skip) check_like(*grad_skip, input_, "grad_skip");
-  STD_TORCH_CHECK(grad_weight.has_value() == grad_bias.has_value(),
-                  "grad_weight and grad_bias must be given together");
-  const MemoryFormat format = memory_format_of(input_);
-  const Tensor input = dense(input_, format), grad_output = dense(grad_output_, format);
-  const OptionalTensor skip = dense(grad_skip, format);
-  const FeatureMap map = feature_map(input, format);
-  Tensor grad_input = empty_like(input, format);
+void write_backward_apply(const Tensor& grad_output, const Tensor& input, const Tensor& mean,
+                          const Tensor& var, const OptionalTensor& weight,
+                          const OptionalTensor& bias, const OptionalTensor& grad_weight,
+                          const OptionalTensor& grad_bias, const OptionalTensor& grad_skip,
+                          double eps, const Tensor& grad_input) {
+  const FeatureMap map = feature_map(input, memory_format_of(input));
   dispatch(input.scalar_type(), [&]<typename T>() {
     using A = accumulate_t<T>;
     const Affine<A> affine(input, mean, var, weight, bias, eps);
     const BackwardSums<A> sums(input, affine, grad_weight, grad_bias, map.count());
     const auto part = PREACT_SELECT(batch_norm_relu_backward_apply_part, T);
     parallel_over_map(map, [&](int64_t begin, int64_t end) {
-      part(data<T>(grad_output), data<T>(input), skip ? data<T>(*skip) : nullptr,
+      part(data<T>(grad_output), data<T>(input), grad_skip ? data<T>(*grad_skip) : nullptr,
            mutable_data<T>(grad_input), map, affine.mean.data(), affine.scale.data(),
-           affine.bias.data(), grad_weight ? sums.slope.data() : nullptr, sums.offset.data(), begin, end);
+           affine.bias.data(), grad_weight ? sums.slope.data() : nullptr, sums.offset.data(), begin,
+           end);
     });
   });
+}
+
+// Gradient of input, plus grad_skip. grad_weight and grad_bias are the reduce op's sums where mean
+// and var belong to the batch, absent where they are constants.
+Tensor batch_norm_relu_backward_apply(const Tensor& grad_output, const Tensor& input_,
+                                      const Tensor& mean, const Tensor& var,
+                                      const OptionalTensor& weight, const OptionalTensor& bias,
+                                      const OptionalTensor& grad_weight,
+                                      const OptionalTensor& grad_bias,
+                                      const OptionalTensor& grad_skip, double eps) {
+  check_like(grad_output, input_, "grad_output");
+  if (grad_skip) check_like(*grad_skip, input_, "grad_skip");
+  STD_TORCH_CHECK(grad_weight.has_value() == grad_bias.has_value(),
+                  "grad_weight and grad_bias must be given together");
+  const MemoryFormat format = memory_format_of(input_);
+  const Tensor input = dense(input_, format);
+  const Tensor grad_input = empty_like(input, format);
+  write_backward_apply(dense(grad_output, format), input, mean, var, weight, bias, grad_weight,
+                       grad_bias, dense(grad_skip, format), eps, grad_input);
   return grad_input;
 }
 

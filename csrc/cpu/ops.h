@@ -7,12 +7,13 @@
 
 namespace preact::cpu {
 
-Tensor batch_norm_relu_backward_apply(const Tensor& grad_output, const Tensor& input,
-                                      const Tensor& mean, const Tensor& var,
-                                      const OptionalTensor& weight, const OptionalTensor& bias,
-                                      const OptionalTensor& grad_weight,
-                                      const OptionalTensor& grad_bias,
-                                      const OptionalTensor& grad_skip, double eps);
+// batch_norm_relu_backward_apply on maps of one layout, written to grad_input, which may be
+// grad_output itself.
+void write_backward_apply(const Tensor& grad_output, const Tensor& input, const Tensor& mean,
+                          const Tensor& var, const OptionalTensor& weight,
+                          const OptionalTensor& bias, const OptionalTensor& grad_weight,
+                          const OptionalTensor& grad_bias, const OptionalTensor& grad_skip,
+                          double eps, const Tensor& grad_input);
 
 Tensor batch_norm_backward_coefficients(const Tensor& input, const Tensor& mean, const Tensor& var,
                                         const OptionalTensor& weight,

@@ -111,9 +111,13 @@ std::vector<Tensor> residual_unit_backward(const Tensor& grad_output, std::vecto
       coefficients = batch_norm_backward_coefficients(x, *layer.mean, *layer.var, layer.weight,
                                                       sum_dz_x, sum_dz, layer.eps);
     } else {
-      results[0] = batch_norm_relu_backward_apply(grad_z, x, *layer.mean, *layer.var, layer.weight,
-                                                  layer.bias, sum_dz_x, sum_dz, grad_output,
-                                                  layer.eps);
+      // In place: a map of its own would have to be fetched before it is written.
+      const MemoryFormat format = memory_format_of(x);
+      results[0] = dense(grad_z, format);
+      check_like(grad_output, x, "grad_output");
+      write_backward_apply(results[0], dense(x, format), *layer.mean, *layer.var, layer.weight,
+                           layer.bias, sum_dz_x, sum_dz, dense(grad_output, format), layer.eps,
+                           results[0]);
     }
     results[1 + 3 * i] =
         layer.weight ? as_type(grad_weight, layer.weight->scalar_type()) : grad_weight;
