@@ -16,8 +16,8 @@ RUN := $(VENV)/bin/python
 CONSTRAINTS := $(VENV)/constraints.txt
 NATIVE := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 EMULATION := tests/cuda_emulation
-# What clang-format formats: all C++ but csrc/cpu, which is laid out by hand.
-FORMATTED := $(wildcard csrc/common/* csrc/cuda/* $(addprefix $(EMULATION)/,*.cpp *.h include/*.h include/cuda/*))
+# What clang-format formats: all C++.
+FORMATTED := $(wildcard csrc/*.cpp csrc/common/* csrc/cpu/* csrc/cuda/* $(addprefix $(EMULATION)/,*.cpp *.h include/*.h include/cuda/*))
 # Ninja and whatever else the environment brings must be found by name.
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 

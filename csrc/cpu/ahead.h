@@ -47,10 +47,9 @@ class Ahead {
     const int64_t bytes = pixels * channels * size;
     if (bytes_ + bytes > kMostBytes) return;
     bytes_ += bytes;
-    streams_[count_++] =
-        stride == channels
-            ? Stream{from, (bytes + kLine - 1) / kLine, kLine, kLine, write}
-            : Stream{from, pixels, stride * size, channels * size, write};
+    streams_[count_++] = stride == channels
+                             ? Stream{from, (bytes + kLine - 1) / kLine, kLine, kLine, write}
+                             : Stream{from, pixels, stride * size, channels * size, write};
   }
 
   Stream streams_[6];

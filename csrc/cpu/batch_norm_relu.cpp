@@ -1,5 +1,6 @@
 #define PREACT_KERNELS "cpu/batch_norm_relu_kernel.h"
 #include "cpu/foreach_capability.h"
+
 #include "cpu/host.h"
 
 namespace preact::cpu {

@@ -1,5 +1,6 @@
 #define PREACT_KERNELS "cpu/batch_norm_relu_backward_apply_kernel.h"
 #include "cpu/foreach_capability.h"
+
 #include "cpu/host.h"
 #include "cpu/ops.h"
 
@@ -48,6 +49,5 @@ Tensor batch_norm_relu_backward_apply(const Tensor& grad_output, const Tensor& i
 }  // namespace preact::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(preact, CPU, m) {
-  m.impl("batch_norm_relu_backward_apply",
-         TORCH_BOX(&preact::cpu::batch_norm_relu_backward_apply));
+  m.impl("batch_norm_relu_backward_apply", TORCH_BOX(&preact::cpu::batch_norm_relu_backward_apply));
 }

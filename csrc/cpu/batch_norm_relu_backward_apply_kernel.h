@@ -44,8 +44,8 @@ template <typename T, bool Sums, bool Skip>
 void backward_apply_part(const T* grad_output, const T* input, const T* grad_skip, T* grad_input,
                          const FeatureMap& map, const accumulate_t<T>* mean,
                          const accumulate_t<T>* scale, const accumulate_t<T>* bias,
-                         const accumulate_t<T>* slope, const accumulate_t<T>* offset,
-                         int64_t begin, int64_t end) {
+                         const accumulate_t<T>* slope, const accumulate_t<T>* offset, int64_t begin,
+                         int64_t end) {
   using A = accumulate_t<T>;
   const BackwardApplyPass<T, Sums, Skip> pass{
       {mean, scale, bias}, slope, offset, grad_output, input, grad_skip, grad_input};
@@ -54,10 +54,12 @@ void backward_apply_part(const T* grad_output, const T* input, const T* grad_ski
 
 // slope null: the statistics are constants. grad_skip null: nothing to add.
 template <typename T>
-void batch_norm_relu_backward_apply_part(
-    const T* grad_output, const T* input, const T* grad_skip, T* grad_input, const FeatureMap& map,
-    const accumulate_t<T>* mean, const accumulate_t<T>* scale, const accumulate_t<T>* bias,
-    const accumulate_t<T>* slope, const accumulate_t<T>* offset, int64_t begin, int64_t end) {
+void batch_norm_relu_backward_apply_part(const T* grad_output, const T* input, const T* grad_skip,
+                                         T* grad_input, const FeatureMap& map,
+                                         const accumulate_t<T>* mean, const accumulate_t<T>* scale,
+                                         const accumulate_t<T>* bias, const accumulate_t<T>* slope,
+                                         const accumulate_t<T>* offset, int64_t begin,
+                                         int64_t end) {
   const auto part = slope != nullptr
                         ? (grad_skip != nullptr ? &backward_apply_part<T, true, true>
                                                 : &backward_apply_part<T, true, false>)

@@ -1,13 +1,16 @@
 #define PREACT_KERNELS "cpu/batch_norm_relu_backward_reduce_kernel.h"
 #include "cpu/foreach_capability.h"
+
 #include "cpu/host.h"
 
 namespace preact::cpu {
 
 // Gradients of weight and bias: sums of dz * xhat and of dz, with dz = grad_output under the mask.
-std::tuple<Tensor, Tensor> batch_norm_relu_backward_reduce(
-    const Tensor& grad_output_, const Tensor& input_, const Tensor& mean, const Tensor& var,
-    const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
+std::tuple<Tensor, Tensor> batch_norm_relu_backward_reduce(const Tensor& grad_output_,
+                                                           const Tensor& input_, const Tensor& mean,
+                                                           const Tensor& var,
+                                                           const OptionalTensor& weight,
+                                                           const OptionalTensor& bias, double eps) {
   check_like(grad_output_, input_, "grad_output");
   const MemoryFormat format = memory_format_of(input_);
   const Tensor input = dense(input_, format), grad_output = dense(grad_output_, format);

@@ -42,10 +42,9 @@ struct ReducePass {
 template <typename T>
 void batch_norm_relu_backward_reduce_task(const T* grad_output, const T* input,
                                           const FeatureMap& map, const Chunks& chunks,
-                                          const accumulate_t<T>* mean,
-                                          const accumulate_t<T>* scale,
-                                          const accumulate_t<T>* bias, int64_t task,
-                                          double* sum_dz, double* sum_dz_x) {
+                                          const accumulate_t<T>* mean, const accumulate_t<T>* scale,
+                                          const accumulate_t<T>* bias, int64_t task, double* sum_dz,
+                                          double* sum_dz_x) {
   using A = accumulate_t<T>;
   const int64_t width = map.channels_last ? map.channels : 1;
   const int64_t channel = map.channels_last ? 0 : task % map.channels;
@@ -56,7 +55,10 @@ void batch_norm_relu_backward_reduce_task(const T* grad_output, const T* input,
   std::fill(sum_dz_x, sum_dz_x + width, 0.0);
   // A plane's pass addresses its one channel as channel 0.
   const ReducePass<T> pass{{mean + channel, scale + channel, bias + channel},
-                           grad_output, input, sums.data(), sums.data() + width};
+                           grad_output,
+                           input,
+                           sums.data(),
+                           sums.data() + width};
   const int64_t stop = chunks.end(map, task);
   for (int64_t row = chunks.begin(map, task); row < stop;) {
     if (map.channels_last) {

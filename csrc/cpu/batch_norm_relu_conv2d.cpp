@@ -1,5 +1,6 @@
 #define PREACT_KERNELS "cpu/batch_norm_relu_conv2d_kernel.h"
 #include "cpu/foreach_capability.h"
+
 #include "cpu/conv2d_host.h"
 #include "cpu/conv2d_tiles_host.h"
 
@@ -26,8 +27,8 @@ std::tuple<Tensor, Tensor> direct(const Tensor& input, const Affine<float>& affi
     task.staged = stage_input(blocks);
     task.gather = forward_gather(blocks, task.staged);
     weights = scratch(Slot::weights, packed_size(blocks, blocks.taps()));
-    pack_weights(data<float>(conv_weight), weight_strides(conv_weight), blocks,
-                 task.gather.kernel, false, weights);
+    pack_weights(data<float>(conv_weight), weight_strides(conv_weight), blocks, task.gather.kernel,
+                 false, weights);
   }
   Tensor mean = empty_vector(output), var = empty_vector(output);
   task.norm = direct_norm(affine);

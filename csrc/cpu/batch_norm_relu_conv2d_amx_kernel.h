@@ -1,5 +1,7 @@
 #include "cpu/amx.h"
+
 #include "cpu/conv2d_tile_amx.h"
+
 #include "cpu/conv2d_stage_amx.h"
 
 // Mean and m2 of a chunk's results, taken while tiles are written: sums of x - shift by lane, with
@@ -7,8 +9,12 @@
 class TileMoments {
  public:
   TileMoments(int64_t channels, double* mean, double* m2)
-      : channels_(channels), mean_(mean), m2_(m2), lanes_(cpu::vector_size_of(channels)),
-        buffer_(3 * lanes_), started_(lanes_ / 32) {
+      : channels_(channels),
+        mean_(mean),
+        m2_(m2),
+        lanes_(cpu::vector_size_of(channels)),
+        buffer_(3 * lanes_),
+        started_(lanes_ / 32) {
     std::fill_n(mean, channels, 0.0);
     std::fill_n(m2, channels, 0.0);
   }

@@ -1,5 +1,6 @@
 #define PREACT_KERNELS "cpu/batch_norm_relu_conv2d_backward_kernel.h"
 #include "cpu/foreach_capability.h"
+
 #include "cpu/conv2d_host.h"
 #include "cpu/conv2d_tiles_host.h"
 
@@ -69,23 +70,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_conv2d_backward(
     const OptionalTensor& weight, const OptionalTensor& bias, double eps, const Tensor& conv_weight,
     const OptionalTensor& grad_activation, Pair stride, Pair padding, Pair dilation, int64_t groups,
     const OptionalTensor& pending_input, const OptionalTensor& coefficients) {
-  const Conv2dShape shape =
-      conv2d_shape(input, conv_weight, {stride, padding, dilation, groups});
+  const Conv2dShape shape = conv2d_shape(input, conv_weight, {stride, padding, dilation, groups});
   const bool tiled = is_tiled(input, conv_weight, shape, groups);
   if (!tiled && !is_direct(input, conv_weight, shape, groups)) {
-    return run_reference<4>("preact::batch_norm_relu_conv2d_backward", grad_output, input, mean, var,
-                            weight, bias, eps, conv_weight, grad_activation, stride, padding,
+    return run_reference<4>("preact::batch_norm_relu_conv2d_backward", grad_output, input, mean,
+                            var, weight, bias, eps, conv_weight, grad_activation, stride, padding,
                             dilation, groups, pending_input, coefficients);
   }
   check_conv2d_backward(grad_output, input, shape, grad_activation, pending_input, coefficients);
   const ConvGradients found{empty_like(input, MemoryFormat::ChannelsLast), empty_vector(input),
-                  empty_vector(input), empty_like(conv_weight, memory_format_of(conv_weight))};
+                            empty_vector(input),
+                            empty_like(conv_weight, memory_format_of(conv_weight))};
   const Affine<float> affine(input, mean, var, weight, bias, eps);
   const OptionalTensor activation = dense(grad_activation, MemoryFormat::ChannelsLast);
   const OptionalTensor rows = dense(coefficients, MemoryFormat::Contiguous);
   // Some channels of a wider map are read where they are.
-  const bool strided = pixel_stride(grad_output) > 0 &&
-                       (!pending_input || pixel_stride(*pending_input) == pixel_stride(grad_output));
+  const bool strided =
+      pixel_stride(grad_output) > 0 &&
+      (!pending_input || pixel_stride(*pending_input) == pixel_stride(grad_output));
   const Tensor gradient = strided ? grad_output : dense(grad_output, MemoryFormat::ChannelsLast);
   const OptionalTensor following =
       strided ? pending_input : dense(pending_input, MemoryFormat::ChannelsLast);
@@ -110,8 +112,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_conv2d_backward_add(
     const OptionalTensor& weight, const OptionalTensor& bias, double eps, const Tensor& conv_weight,
     Pair stride, Pair padding, Pair dilation, int64_t groups, const OptionalTensor& pending_input,
     const OptionalTensor& coefficients, const Tensor& grad_skip, Tensor grad_input) {
-  const Conv2dShape shape =
-      conv2d_shape(input, conv_weight, {stride, padding, dilation, groups});
+  const Conv2dShape shape = conv2d_shape(input, conv_weight, {stride, padding, dilation, groups});
   const int64_t step = pixel_stride(input), grad_step = pixel_stride(grad_output);
   const bool tiled = is_tiled_slice(input, conv_weight, shape, groups);
   if ((!tiled && !is_direct_slice(input, conv_weight, shape, groups)) ||

@@ -1,5 +1,7 @@
 #include "cpu/amx.h"
+
 #include "cpu/conv2d_tile_amx.h"
+
 #include "cpu/conv2d_stage_amx.h"
 #include "cpu/conv2d_weight_amx.h"
 
@@ -7,7 +9,10 @@
 class TileSums {
  public:
   TileSums(int64_t channels, double* dz, double* dz_x)
-      : channels_(channels), lanes_(cpu::vector_size_of(channels)), dz_(dz), dz_x_(dz_x),
+      : channels_(channels),
+        lanes_(cpu::vector_size_of(channels)),
+        dz_(dz),
+        dz_x_(dz_x),
         buffer_(2 * lanes_) {
     std::fill_n(dz, channels, 0.0);
     std::fill_n(dz_x, channels, 0.0);
@@ -40,17 +45,17 @@ class TileSums {
   int64_t pending_ = 0;
 };
 
-// Writes tiles of the input's gradient: adds grad_activation, applies the ReLU's mask, and takes the
-// sums of that. Where ADD, it is scaled and added to skip, and only their sum is written: what the
-// sums of dz add to the gradient of the input is not known yet and not in it. Both are float: rounded
-// sums would lose of each layer's share a part whose mean is not zero.
+// Writes tiles of the input's gradient: adds grad_activation, applies the ReLU's mask, and takes
+// the sums of that. Where ADD, it is scaled and added to skip, and only their sum is written: what
+// the sums of dz add to the gradient of the input is not known yet and not in it. Both are float:
+// rounded sums would lose of each layer's share a part whose mean is not zero.
 template <bool NARROW, bool ADD>
 struct BackwardEpilogue {
   TileActivation activation;
   const BFloat16* grad_activation;  // null where nothing is to be added
-  BFloat16* grad;    // where not ADD
+  BFloat16* grad;                   // where not ADD
   const float* skip;
-  float* total;      // may be skip
+  float* total;  // may be skip
   TileSums* sums;
 
   PREACT_INLINE Bits result(const float* from, const TileOutput& out, int64_t i, bool two) const {
@@ -215,8 +220,7 @@ void backward_blocks(const cpu::TileBackward& task, const BackwardBuffers& buffe
       std::memset(static_cast<void*>(buffers.grad_pairs), 0,
                   paired.steps * 32 * out * sizeof(BFloat16));
     }
-    const BFloat16* const origin =
-        buffers.grad + (layout.top * layout.columns + layout.left) * out;
+    const BFloat16* const origin = buffers.grad + (layout.top * layout.columns + layout.left) * out;
     stage_pairs(TileCopy{origin},
                 {s.out_h, out_columns, s.out_channels, out, layout.columns * out, 0, 0, 1}, paired,
                 paired.steps * 16, buffers.grad_pairs);

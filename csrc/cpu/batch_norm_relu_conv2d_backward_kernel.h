@@ -140,7 +140,8 @@ void batch_norm_relu_conv2d_backward_part(const cpu::DirectBackward& task, int64
     }
     if (task.winograd) {
       winograd_map(WinogradTiles::of(s.in_h, s.in_w), staged_grad, task.staged_grad,
-                   task.weights[0], s.in_channels, task.input_stride, nullptr, nullptr, grad_z, ahead);
+                   task.weights[0], s.in_channels, task.input_stride, nullptr, nullptr, grad_z,
+                   ahead);
     }
     for (size_t i = 0; i < task.phases.size(); ++i) {
       const Gather& phase = task.phases[i];
@@ -165,8 +166,8 @@ void batch_norm_relu_conv2d_backward_part(const cpu::DirectBackward& task, int64
     if (task.winograd) {
       winograd_weight_gradient(tiles, staged, task.staged, staged_grad, task.staged_grad, gradient);
     } else {
-      weight_gradient(task.gather, out_columns, staged, task.staged, staged_grad,
-                      task.staged_grad, gradient);
+      weight_gradient(task.gather, out_columns, staged, task.staged, staged_grad, task.staged_grad,
+                      gradient);
     }
   }
   if (task.winograd) cpu::transform_weight_gradient(gradient, s, grad_weight);

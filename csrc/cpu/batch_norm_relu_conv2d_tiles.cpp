@@ -1,5 +1,6 @@
 #define PREACT_AMX_KERNELS "cpu/batch_norm_relu_conv2d_amx_kernel.h"
 #include "cpu/foreach_capability.h"
+
 #include "cpu/conv2d_tiles_host.h"
 
 namespace preact::cpu {

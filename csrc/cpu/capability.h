@@ -27,7 +27,7 @@ Capability capability();
 
 // The address of a kernel template's instance for `T` in the chosen instruction set's namespace.
 #if PREACT_X86
-#define PREACT_SELECT(name, T)                                             \
+#define PREACT_SELECT(name, T)                                                         \
   (::preact::capability() >= ::preact::Capability::avx512 ? &::preact::avx512::name<T> \
    : ::preact::capability() == ::preact::Capability::avx2 ? &::preact::avx2::name<T>   \
                                                           : &::preact::baseline::name<T>)

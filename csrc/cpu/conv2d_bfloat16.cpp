@@ -22,8 +22,7 @@ std::vector<float> tile_bias(const BFloat16* bias, int64_t channels) {
   return is_narrow(channels) ? values : by_lane(values.data(), channels);
 }
 
-TileGather::TileGather(Gather given, int64_t channels)
-    : gather(std::move(given)) {
+TileGather::TileGather(Gather given, int64_t channels) : gather(std::move(given)) {
   const auto taps = static_cast<int64_t>(gather.taps.size());
   std::vector<int64_t> order(taps);
   std::iota(order.begin(), order.end(), 0);

@@ -63,7 +63,7 @@ struct PairedPixels {
   int64_t stride, pitch, steps;  // steps of 32 pixels
   int64_t pairs;                 // of a plane of the activation
   int64_t plane_bytes;
-  std::vector<int64_t> leads;    // pixels before a plane's first column, so that pairs are even
+  std::vector<int64_t> leads;  // pixels before a plane's first column, so that pairs are even
 
   PairedPixels(const Conv2dShape& shape, const Staged& staged);
   int64_t phases() const { return stride * stride; }
@@ -82,7 +82,8 @@ struct TileNorm {
   std::vector<float> mean, scale, shift;
 
   TileNorm(const DirectNorm& norm, int64_t channels)
-      : mean(by_lane(norm.mean, channels)), scale(by_lane(norm.scale, channels)),
+      : mean(by_lane(norm.mean, channels)),
+        scale(by_lane(norm.scale, channels)),
         shift(by_lane(norm.shift, channels)) {}
 };
 
@@ -110,9 +111,9 @@ struct TileBackward {
   const float* wide_grad;           // grad_output where it is float, pending always; or null
   BFloat16* grad_z;                 // null where scale * grad_z is added to skip instead:
   const float* skip;
-  float* total;                     // their sum; may be skip
-  int64_t input_stride;             // between pixels of input and all gradients like it
-  int64_t output_stride;            // between pixels of grad_output and pending_input
+  float* total;           // their sum; may be skip
+  int64_t input_stride;   // between pixels of input and all gradients like it
+  int64_t output_stride;  // between pixels of grad_output and pending_input
 };
 
 }  // namespace preact::cpu

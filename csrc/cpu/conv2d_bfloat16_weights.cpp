@@ -28,8 +28,8 @@ void pack_tiles(const BFloat16* weight, const WeightStrides& strides, const Conv
             const BFloat16* const from = weight + first * out_stride + step.channel * in_stride +
                                          step.tap / shape.kernel_w * strides.y +
                                          step.tap % shape.kernel_w * strides.x;
-            (by_rows ? &amx::pack_rows : &amx::pack_columns)(
-                from, by_rows ? out_stride : in_stride, outs - first, ins - step.channel, to);
+            (by_rows ? &amx::pack_rows : &amx::pack_columns)(from, by_rows ? out_stride : in_stride,
+                                                             outs - first, ins - step.channel, to);
             continue;
           }
           std::fill_n(to, tiles * kTile, BFloat16{0});

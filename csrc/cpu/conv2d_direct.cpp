@@ -18,8 +18,7 @@ struct Border {
   int64_t before, total;
 
   Border(int64_t size, int64_t low, int64_t high)
-      : before(std::max<int64_t>(0, -low)),
-        total(before + std::max(size, high + 1)) {}
+      : before(std::max<int64_t>(0, -low)), total(before + std::max(size, high + 1)) {}
 };
 
 }  // namespace
@@ -60,8 +59,15 @@ std::vector<Gather> backward_gathers(const Conv2dShape& s, const Staged& grad_ou
   std::vector<Gather> phases;
   for (int64_t py = 0; py < std::min(s.stride_h, s.in_h); ++py) {
     for (int64_t px = 0; px < std::min(s.stride_w, s.in_w); ++px) {
-      Gather phase{{}, {}, (s.in_h - py + s.stride_h - 1) / s.stride_h,
-                   (s.in_w - px + s.stride_w - 1) / s.stride_w, py, px, s.stride_h, s.stride_w, 1};
+      Gather phase{{},
+                   {},
+                   (s.in_h - py + s.stride_h - 1) / s.stride_h,
+                   (s.in_w - px + s.stride_w - 1) / s.stride_w,
+                   py,
+                   px,
+                   s.stride_h,
+                   s.stride_w,
+                   1};
       for (int64_t ky = 0; ky < s.kernel_h; ++ky) {
         const int64_t y = py + s.padding_h - ky * s.dilation_h;
         if (y - floor_div(y, s.stride_h) * s.stride_h != 0) continue;

@@ -26,14 +26,15 @@ struct Staged {
 };
 
 // Outputs (y * step, x * step) + origin of a map, each the sum over taps of what stands at
-// (y * input_step_y, x * STEP / 16) + tap in a staged map, STEP being what the tile is compiled for. A convolution is one of these; the gradient of the
-// input of a strided one is one for each phase of the stride.
+// (y * input_step_y, x * STEP / 16) + tap in a staged map, STEP being what the tile is compiled
+// for. A convolution is one of these; the gradient of the input of a strided one is one for each
+// phase of the stride.
 struct Gather {
-  std::vector<int64_t> taps;     // offsets into the staged map, in floats
-  std::vector<int64_t> kernel;   // index of each in the convolution's own kernel
-  int64_t rows, columns;         // outputs
-  int64_t first_y, first_x;      // position of the first one
-  int64_t step_y, step_x;        // between outputs, in the map that is written
+  std::vector<int64_t> taps;    // offsets into the staged map, in floats
+  std::vector<int64_t> kernel;  // index of each in the convolution's own kernel
+  int64_t rows, columns;        // outputs
+  int64_t first_y, first_x;     // position of the first one
+  int64_t step_y, step_x;       // between outputs, in the map that is written
   int64_t input_step_y;
 };
 
@@ -46,7 +47,8 @@ Staged stage_grad_output(const Conv2dShape& shape);
 std::vector<Gather> backward_gathers(const Conv2dShape& shape, const Staged& grad_output);
 
 // What is worked on at a time, staged, convolved and reduced while it is in the cache: an image, or
-// for a pointwise convolution a run of pixels. `shape` is that of the blocks, its batch their count.
+// for a pointwise convolution a run of pixels. `shape` is that of the blocks, its batch their
+// count.
 struct DirectBlocks {
   Conv2dShape shape;
   int64_t missing;  // pixels that the last block lacks
@@ -65,8 +67,7 @@ struct BlockChunks {
   int64_t count, size;
 
   BlockChunks(const Conv2dShape& shape, int64_t most)
-      : count(shape.batch < most ? shape.batch : most),
-        size((shape.batch + count - 1) / count) {
+      : count(shape.batch < most ? shape.batch : most), size((shape.batch + count - 1) / count) {
     count = (shape.batch + size - 1) / size;
   }
   int64_t begin(int64_t chunk) const { return chunk * size; }
@@ -78,7 +79,15 @@ struct BlockChunks {
 // A buffer of this thread's own, aligned to cache lines and kept from call to call. What it holds
 // is undefined.
 enum class Slot {
-  input, grad_output, grad_input, weights, sums, transformed, products, gradient, count
+  input,
+  grad_output,
+  grad_input,
+  weights,
+  sums,
+  transformed,
+  products,
+  gradient,
+  count
 };
 float* scratch(Slot slot, int64_t size);
 
@@ -120,19 +129,19 @@ struct DirectForward {
 struct DirectBackward {
   DirectBlocks blocks;
   Staged staged, staged_grad;
-  Gather gather;                     // of the forward
-  std::vector<Gather> phases;        // of the gradient of the input
-  std::vector<const float*> weights; // packed for each phase
+  Gather gather;                      // of the forward
+  std::vector<Gather> phases;         // of the gradient of the input
+  std::vector<const float*> weights;  // packed for each phase
   DirectNorm norm;
   const float *input, *grad_output, *grad_activation;
-  const float* pending_input;       // null where grad_output is the gradient itself
-  const float* coefficients;        // [4, O]: scale, slope, centre, offset
-  float* grad_z;                    // null where scale * grad_z is added to grad_skip instead:
+  const float* pending_input;  // null where grad_output is the gradient itself
+  const float* coefficients;   // [4, O]: scale, slope, centre, offset
+  float* grad_z;               // null where scale * grad_z is added to grad_skip instead:
   const float* grad_skip;
-  float* grad_input;                // their sum; may be grad_skip
-  int64_t input_stride;             // between pixels of input and all gradients like it
-  int64_t output_stride;            // between pixels of grad_output and pending_input
-  bool winograd;                    // then the weights are transformed, of one phase
+  float* grad_input;      // their sum; may be grad_skip
+  int64_t input_stride;   // between pixels of input and all gradients like it
+  int64_t output_stride;  // between pixels of grad_output and pending_input
+  bool winograd;          // then the weights are transformed, of one phase
 };
 
 // A stride that is 1 or 2 in both directions is what the tiles are compiled for.

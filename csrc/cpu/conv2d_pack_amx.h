@@ -1,5 +1,7 @@
 #include "cpu/amx.h"
+
 #include "cpu/conv2d_tile_amx.h"
+
 #include "cpu/conv2d_stage_amx.h"
 
 // What pack_tiles and unpack_weight_sums do a step and a block at a time, where 32 channels of the
@@ -53,8 +55,8 @@ inline void unpack_rows(const float* sums, int64_t chunks, int64_t size, int64_t
                       reinterpret_cast<char*>(turned[parity]), 64);
     }
     for (int64_t o = half; o < std::min<int64_t>(outputs, 32); o += 2) {
-      const Bits bits = rounded_pair(_mm512_load_ps(turned[0][o / 2]),
-                                     _mm512_load_ps(turned[1][o / 2]));
+      const Bits bits =
+          rounded_pair(_mm512_load_ps(turned[0][o / 2]), _mm512_load_ps(turned[1][o / 2]));
       _mm512_mask_storeu_epi16(to + o * stride, lanes, bits);
     }
   }

@@ -154,9 +154,9 @@ void stage_pairs(const Source& source, const PairedMap& map, const cpu::PairedPi
     for (int64_t phase = 0; phase < stride; ++phase) {
       const int64_t begin = ((phase - map.left) % stride + stride) % stride;
       const int64_t lead = stride == 1 && map.left == 0 ? 0 : paired.leads[phase];
-      BFloat16* const row = to + (down % stride * stride + phase) * groups * plane +
-                            (lead + down / stride * paired.pitch + (begin + map.left) / stride) /
-                                2 * 32;
+      BFloat16* const row =
+          to + (down % stride * stride + phase) * groups * plane +
+          (lead + down / stride * paired.pitch + (begin + map.left) / stride) / 2 * 32;
       if (cpu::is_narrow(map.channels)) {
         const auto values = source.get(0);
         BFloat16* pair = row;
@@ -213,9 +213,9 @@ PREACT_INLINE void transpose_words(const BFloat16* from, char* to, int64_t row_b
   // Quarter q of a[4 r + k] is column 4 q + k, rows 4 r to 4 r + 3.
 #pragma GCC unroll 4
   for (int k = 0; k < 4; ++k) {
-    const Bits low0 = _mm512_shuffle_i32x4(a[k], a[4 + k], 0x88);       // quarters 0, 2
+    const Bits low0 = _mm512_shuffle_i32x4(a[k], a[4 + k], 0x88);  // quarters 0, 2
     const Bits low1 = _mm512_shuffle_i32x4(a[8 + k], a[12 + k], 0x88);
-    const Bits high0 = _mm512_shuffle_i32x4(a[k], a[4 + k], 0xdd);      // quarters 1, 3
+    const Bits high0 = _mm512_shuffle_i32x4(a[k], a[4 + k], 0xdd);  // quarters 1, 3
     const Bits high1 = _mm512_shuffle_i32x4(a[8 + k], a[12 + k], 0xdd);
     _mm512_storeu_si512(to + k * row_bytes, _mm512_shuffle_i32x4(low0, low1, 0x88));
     _mm512_storeu_si512(to + (8 + k) * row_bytes, _mm512_shuffle_i32x4(low0, low1, 0xdd));

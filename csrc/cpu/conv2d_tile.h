@@ -82,7 +82,8 @@ __attribute__((noinline)) void direct_tile(const float* input, const TileInput& 
       for (int c = 0; c < kBlock; ++c, weights += kBlock) {
         FloatVector factors[VECTORS];
 #pragma GCC unroll 2
-        for (int v = 0; v < VECTORS; ++v) factors[v] = P::load(weights + lane_offset<P>(v, in.panel));
+        for (int v = 0; v < VECTORS; ++v)
+          factors[v] = P::load(weights + lane_offset<P>(v, in.panel));
 #pragma GCC unroll 16
         for (int p = 0; p < PIXELS; ++p) {
           const FloatVector value = P::broadcast(values[p * STEP + c]);
@@ -137,11 +138,11 @@ PREACT_INLINE void direct_row(const float* input, const TileInput& in, const Til
   for (int64_t pixel = 0; pixel < pixels;) {
     const int width = tile_width<VECTORS>(pixels - pixel);
     switch (width) {
-#define PREACT_TILE(WIDTH)                                                      \
-  case WIDTH:                                                                   \
-    if constexpr (WIDTH * VECTORS <= kMostSums) {                               \
-      direct_tile<WIDTH, VECTORS, STEP>(input + pixel * STEP, in, out, pixel);  \
-    }                                                                           \
+#define PREACT_TILE(WIDTH)                                                     \
+  case WIDTH:                                                                  \
+    if constexpr (WIDTH * VECTORS <= kMostSums) {                              \
+      direct_tile<WIDTH, VECTORS, STEP>(input + pixel * STEP, in, out, pixel); \
+    }                                                                          \
     break;
       PREACT_TILE_WIDTHS(PREACT_TILE)
 #undef PREACT_TILE
@@ -153,8 +154,8 @@ PREACT_INLINE void direct_row(const float* input, const TileInput& in, const Til
 #undef PREACT_TILE_WIDTHS
 
 // All outputs of a gather, columns limited to `columns`: [row][column][channels] from `output` on,
-// `width` columns in a row of the map, `stride` floats between them. `residual` is like output, bias
-// [channels]; both may be null.
+// `width` columns in a row of the map, `stride` floats between them. `residual` is like output,
+// bias [channels]; both may be null.
 template <int STEP>
 void direct_map(const Gather& gather, int64_t columns, const float* staged, const Staged& layout,
                 const float* weights, int64_t channels, int64_t width, int64_t stride,
@@ -170,8 +171,12 @@ void direct_map(const Gather& gather, int64_t columns, const float* staged, cons
   const int64_t panel = blocks * taps * kBlock * kBlock;
   for (int64_t c = 0; c < channels;) {
     const bool pair = channels - c > kLanes;
-    const TileInput in{weights + c / kBlock * panel + c % kBlock, panel, gather.taps.data(), taps,
-                       blocks, layout.block_stride()};
+    const TileInput in{weights + c / kBlock * panel + c % kBlock,
+                       panel,
+                       gather.taps.data(),
+                       taps,
+                       blocks,
+                       layout.block_stride()};
     const int64_t group = pair ? 2 * kLanes : kLanes;
     const int64_t lanes = std::min(group, channels - c);
     for (int64_t y = 0; y < gather.rows; ++y) {
@@ -200,8 +205,8 @@ void direct_map(const Gather& gather, int64_t columns, const float* staged, cons
 template <int INPUTS, int VECTORS, int STEP>
 __attribute__((noinline)) void direct_weight_tile(const float* input, int64_t input_row,
                                                   const float* grad, int64_t grad_row,
-                                                  int64_t grad_block, int64_t rows,
-                                                  int64_t columns, float* sums, int64_t panel) {
+                                                  int64_t grad_block, int64_t rows, int64_t columns,
+                                                  float* sums, int64_t panel) {
   using P = Pack<float>;
   FloatVector tile[INPUTS][VECTORS];
 #pragma GCC unroll 16
@@ -271,11 +276,11 @@ void direct_weight_gradient(const Gather& gather, int64_t columns, const float* 
           const float* values =
               input + b * input_layout.block_stride() + y * input_row + gather.taps[t];
           if (pair) {
-            direct_weight_block<2, STEP>(values, input_row, g, grad_row,
-                                         grad_layout.block_stride(), rows, columns, group, panel);
+            direct_weight_block<2, STEP>(values, input_row, g, grad_row, grad_layout.block_stride(),
+                                         rows, columns, group, panel);
           } else {
-            direct_weight_block<1, STEP>(values, input_row, g, grad_row,
-                                         grad_layout.block_stride(), rows, columns, group, panel);
+            direct_weight_block<1, STEP>(values, input_row, g, grad_row, grad_layout.block_stride(),
+                                         rows, columns, group, panel);
           }
         }
       }

@@ -20,9 +20,9 @@ PREACT_INLINE Bits joined(Floats low, Floats high) {
 }
 // The halves of a vector taken in turn.
 PREACT_INLINE Bits interleaved(Bits halves) {
-  alignas(64) static constexpr uint16_t kOrder[32] = {
-      0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                      21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                      11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), halves);
 }
 PREACT_INLINE Bits rounded_pair(Floats evens, Floats odds) {
@@ -71,8 +71,8 @@ PREACT_INLINE Bits two_pixels(const BFloat16* a, const BFloat16* b) {
   return _mm512_inserti64x4(low, b ? _mm256_loadu_si256(second) : __m256i{}, 1);
 }
 
-// Sums over steps of 2 tiles of pixels times 2 tiles of weights, or where NARROW 4 times 1, written as
-// [pixels][32], or [pixels][16].
+// Sums over steps of 2 tiles of pixels times 2 tiles of weights, or where NARROW 4 times 1, written
+// as [pixels][32], or [pixels][16].
 template <bool NARROW>
 __attribute__((noinline)) void multiply_tiles(const BFloat16* const* pixels, int64_t pixel_bytes,
                                               const int64_t* offsets, int64_t steps,
@@ -156,8 +156,11 @@ void tile_map(const TileGather& tiled, int64_t columns, int64_t step, const BFlo
         const int64_t x = tile % in_row * most;
         pixels[i] = staged + (y * gather.input_step_y * layout.columns + x * step) * in_channels;
         outputs[i] = {std::min(most, columns - x),
-                      offset + ((gather.first_y + y * gather.step_y) * width + gather.first_x +
-                       x * gather.step_x) * pixel + c,
+                      offset +
+                          ((gather.first_y + y * gather.step_y) * width + gather.first_x +
+                           x * gather.step_x) *
+                              pixel +
+                          c,
                       gather.step_x * pixel, c, first_lanes(channels - c)};
       }
       multiply_tiles<NARROW>(pixels, step * in_channels * 2, tiled.offsets.data(), steps, weights,

@@ -70,7 +70,8 @@ inline void weight_gradient(const Conv2dShape& s, const cpu::PairedPixels& paire
     for (int64_t kx = 0; kx < s.kernel_w; ++kx) {
       const int64_t y = ky * s.dilation_h - s.padding_h + staged.top;
       const int64_t x = kx * s.dilation_w - s.padding_w + staged.left;
-      const int64_t phase_x = x % paired.stride, phase = y % paired.stride * paired.stride + phase_x;
+      const int64_t phase_x = x % paired.stride,
+                    phase = y % paired.stride * paired.stride + phase_x;
       const int64_t pixel =
           paired.leads[phase_x] + y / paired.stride * paired.pitch + x / paired.stride;
       starts.push_back(phase * in * paired.plane_bytes + pixel * 2);

@@ -96,8 +96,12 @@ inline void winograd_products(const float* transformed, int64_t tiles, int64_t i
     for (int64_t c = 0; c < channels;) {
       const bool pair = channels - c > kLanes;
       const int64_t group = pair ? 2 * kLanes : kLanes;
-      const TileInput in{position_weights + c / kBlock * panel + c % kBlock, panel, kNoTap, 1,
-                         blocks, tiles * kBlock};
+      const TileInput in{position_weights + c / kBlock * panel + c % kBlock,
+                         panel,
+                         kNoTap,
+                         1,
+                         blocks,
+                         tiles * kBlock};
       const TileOutput out{output + c, width, group, nullptr, nullptr};
       if (pair) {
         direct_row<2, kBlock>(input, in, out, tiles);
@@ -111,10 +115,9 @@ inline void winograd_products(const float* transformed, int64_t tiles, int64_t i
 
 // A^T m A of `rows` rows of tiles from row `first` on, written like the outputs of direct_map.
 inline __attribute__((noinline)) void winograd_output(const float* sums, const WinogradTiles& map,
-                                                      int64_t first, int64_t rows,
-                                                      int64_t channels, int64_t stride,
-                                                      const float* bias, const float* residual,
-                                                      float* output) {
+                                                      int64_t first, int64_t rows, int64_t channels,
+                                                      int64_t stride, const float* bias,
+                                                      const float* residual, float* output) {
   using P = Pack<float>;
   const int64_t tiles = rows * map.columns, width = cpu::blocks_of(channels) * kBlock;
   const int64_t position = cpu::position_stride(tiles, channels);
@@ -148,13 +151,12 @@ inline __attribute__((noinline)) void winograd_output(const float* sums, const W
 // All outputs of a map, [row][column][channels], `stride` floats between pixels. `residual` is like
 // output, bias [channels]; both may be null.
 inline void winograd_map(const WinogradTiles& map, const float* staged, const Staged& layout,
-                         const float* weights, int64_t channels, int64_t stride,
-                         const float* bias, const float* residual, float* output,
-                         const Ahead& ahead) {
+                         const float* weights, int64_t channels, int64_t stride, const float* bias,
+                         const float* residual, float* output, const Ahead& ahead) {
   const int64_t most = map.at_once();
   const int64_t runs = (map.rows + map.rows_at_once() - 1) / map.rows_at_once();
-  float* const transformed = cpu::scratch(
-      cpu::Slot::transformed, kPositions * cpu::position_stride(most, layout.channels));
+  float* const transformed = cpu::scratch(cpu::Slot::transformed,
+                                          kPositions * cpu::position_stride(most, layout.channels));
   float* const sums =
       cpu::scratch(cpu::Slot::products, kPositions * cpu::position_stride(most, channels));
   for (int64_t row = 0; row < map.rows; row += map.rows_at_once()) {
@@ -183,13 +185,12 @@ inline void winograd_weight_gradient(const WinogradTiles& map, const float* inpu
   for (int64_t row = 0; row < map.rows; row += map.rows_at_once()) {
     const int64_t rows = std::min(map.rows_at_once(), map.rows - row);
     const int64_t tiles = rows * map.columns, block = tiles * kBlock;
-    winograd_input(input + 2 * row * input_layout.columns * kBlock, input_layout, rows,
-                   map.columns, transformed);
+    winograd_input(input + 2 * row * input_layout.columns * kBlock, input_layout, rows, map.columns,
+                   transformed);
     winograd_grad_output(grad + grad_layout.origin() + 2 * row * grad_layout.columns * kBlock,
                          grad_layout, rows, map.columns, transformed_grad);
     for (int64_t p = 0; p < kPositions; ++p) {
-      const float* values =
-          transformed + p * cpu::position_stride(tiles, input_layout.channels);
+      const float* values = transformed + p * cpu::position_stride(tiles, input_layout.channels);
       const float* const grads =
           transformed_grad + p * cpu::position_stride(tiles, grad_layout.channels);
       for (int64_t b = 0; b < in_blocks; ++b, values += block) {

@@ -31,7 +31,8 @@
 #define PREACT_STRING(...) #__VA_ARGS__
 
 #if PREACT_AMX && defined(PREACT_AMX_KERNELS)
-#if !defined(__clang__)  // GCC 11 and 12 warn of what their own intrinsics leave undefined on purpose
+// GCC 11 and 12 warn of what their own intrinsics leave undefined on purpose.
+#if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
@@ -39,9 +40,11 @@ PREACT_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
 #define PREACT_VECTOR_BYTES 64
 namespace preact::amx {
 #include "cpu/vec.h"
+
 #include "cpu/sweep.h"
+
 #include PREACT_AMX_KERNELS
-}
+}  // namespace preact::amx
 #undef PREACT_VECTOR_BYTES
 PREACT_END
 #endif
@@ -51,9 +54,11 @@ PREACT_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")
 #define PREACT_VECTOR_BYTES 64
 namespace preact::avx512 {
 #include "cpu/vec.h"
+
 #include "cpu/sweep.h"
+
 #include PREACT_KERNELS
-}
+}  // namespace preact::avx512
 #undef PREACT_VECTOR_BYTES
 PREACT_END
 
@@ -61,9 +66,11 @@ PREACT_BEGIN("avx2,fma,f16c")
 #define PREACT_VECTOR_BYTES 32
 namespace preact::avx2 {
 #include "cpu/vec.h"
+
 #include "cpu/sweep.h"
+
 #include PREACT_KERNELS
-}
+}  // namespace preact::avx2
 #undef PREACT_VECTOR_BYTES
 PREACT_END
 #endif
@@ -73,8 +80,10 @@ PREACT_END
 #define PREACT_VECTOR_BYTES 16
 namespace preact::baseline {
 #include "cpu/vec.h"
+
 #include "cpu/sweep.h"
+
 #include PREACT_KERNELS
-}
+}  // namespace preact::baseline
 #undef PREACT_VECTOR_BYTES
 #endif

@@ -1,5 +1,6 @@
 #define PREACT_KERNELS "cpu/identity_add_kernel.h"
 #include "cpu/foreach_capability.h"
+
 #include "cpu/host.h"
 
 namespace preact::cpu {

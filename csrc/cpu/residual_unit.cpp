@@ -36,8 +36,8 @@ struct Geometry {
 
 std::vector<Geometry> geometries_of(const std::vector<int64_t>& numbers, size_t layers) {
   constexpr size_t kNumbers = 7;
-  STD_TORCH_CHECK(numbers.size() == kNumbers * layers,
-                  "geometries must hold ", kNumbers, " numbers for each layer");
+  STD_TORCH_CHECK(numbers.size() == kNumbers * layers, "geometries must hold ", kNumbers,
+                  " numbers for each layer");
   std::vector<Geometry> found;
   for (size_t i = 0; i < layers; ++i) {
     const int64_t* const of = numbers.data() + kNumbers * i;
@@ -68,11 +68,11 @@ std::vector<Tensor> residual_unit(const Tensor& input, std::vector<OptionalTenso
     if (layer.mean) mean = *layer.mean;
     if (layer.var) var = *layer.var;
     const bool last = i + 1 == layers.size();
-    std::tie(x, mean, var) = batch_norm_relu_conv2d(
-        x, mean, var, layer.weight, layer.bias, layer.eps,
-        as_type(layer.conv_weight, input.scalar_type()), std::nullopt,
-        last ? OptionalTensor(input) : std::nullopt, of[i].stride, of[i].padding, of[i].dilation,
-        of[i].groups);
+    std::tie(x, mean, var) =
+        batch_norm_relu_conv2d(x, mean, var, layer.weight, layer.bias, layer.eps,
+                               as_type(layer.conv_weight, input.scalar_type()), std::nullopt,
+                               last ? OptionalTensor(input) : std::nullopt, of[i].stride,
+                               of[i].padding, of[i].dilation, of[i].groups);
     if (!last) inner.insert(inner.end(), {x, mean, var});
   }
   std::vector<Tensor> results{x, mean, var};
@@ -80,9 +80,9 @@ std::vector<Tensor> residual_unit(const Tensor& input, std::vector<OptionalTenso
   return results;
 }
 
-// inputs are those of the layers; parameters as in the forward, with every mean and var. batch_stats
-// says of each norm whether they are its input's own. Returns the gradient of the unit's input, then
-// of each layer those of weight, bias and the convolution's weight.
+// inputs are those of the layers; parameters as in the forward, with every mean and var.
+// batch_stats says of each norm whether they are its input's own. Returns the gradient of the
+// unit's input, then of each layer those of weight, bias and the convolution's weight.
 std::vector<Tensor> residual_unit_backward(const Tensor& grad_output, std::vector<Tensor> inputs,
                                            std::vector<OptionalTensor> parameters,
                                            std::vector<double> eps,

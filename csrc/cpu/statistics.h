@@ -77,7 +77,12 @@ class ChunkStatistics {
  public:
   ChunkStatistics(Source source, Source again, int64_t channels, int64_t stride, double* mean,
                   double* m2)
-      : source_(source), again_(again), channels_(channels), stride_(stride), mean_(mean), m2_(m2),
+      : source_(source),
+        again_(again),
+        channels_(channels),
+        stride_(stride),
+        mean_(mean),
+        m2_(m2),
         buffer_(3 * channels),
         sums_{buffer_.data(), buffer_.data() + channels, buffer_.data() + 2 * channels} {
     std::fill(mean, mean + channels, 0.0);

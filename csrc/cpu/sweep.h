@@ -8,8 +8,8 @@
 // Get says how a per-channel array is read: one value per lane, or one for all lanes.
 
 constexpr int kUnroll = 4;
-// Longer rows are walked one by one by passes over several maps: many lines of several maps in flight
-// at once defeat the prefetchers (1.5 times slower at 256 channels, measured).
+// Longer rows are walked one by one by passes over several maps: many lines of several maps in
+// flight at once defeat the prefetchers (1.5 times slower at 256 channels, measured).
 constexpr int64_t kSharedChannels = 128;
 
 struct AlongChannels {
@@ -45,8 +45,9 @@ PREACT_INLINE void sweep_channels(const Pass& pass, int64_t row, int64_t channel
   }
 }
 
-// Rows [begin, end) of a [rows, channels] matrix, `stride` apart. Several rows share one load of the
-// per-channel values; each row is still read from end to end, which is what the prefetchers follow.
+// Rows [begin, end) of a [rows, channels] matrix, `stride` apart. Several rows share one load of
+// the per-channel values; each row is still read from end to end, which is what the prefetchers
+// follow.
 template <typename A, typename Pass>
 PREACT_INLINE void sweep_rows(const Pass& pass, int64_t begin, int64_t end, int64_t channels,
                               int64_t stride) {
