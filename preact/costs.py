@@ -163,16 +163,17 @@ def library_backward(layer: Layer, keeps: bool = False, skip: bool = False) -> l
 def own_backward(
     layer: Layer, skip: bool = False, pending: bool = False, leaves: bool = False
 ) -> list[Kernel]:
-    """Both gradients by our kernels; ``pending``: formed from dz and the following norm's input.
+    """Both gradients by our kernels; ``pending``: formed from dz and the following norm's input,
+    by the first of them for both.
 
     ``leaves``: this layer's own norm is left to the convolution before it.
     """
     x, y = layer.input, layer.output
-    grad = (y, y) if pending else (y,)
+    reads, writes = ((y, y, x), (x, y)) if pending else ((y, x), (x,))
     name = "batch_norm_relu_conv2d_backward"
     found = [
-        Kernel(f"{name}_input", (*grad, x), (x,), layer.products, layer.weights, own=1),
-        Kernel(f"{name}_weight", (*grad, x), (), layer.products, layer.weights, own=2),
+        Kernel(f"{name}_input", reads, writes, layer.products, layer.weights, own=1),
+        Kernel(f"{name}_weight", (y, x), (), layer.products, layer.weights, own=2),
     ]
     return found if leaves else [*found, apply(layer.input, skip)]
 

@@ -229,7 +229,7 @@ def batch_norm_backward_coefficients(
     return torch.stack([scale, slope, mean.to(accumulate), offset])
 
 
-def _incoming(
+def formed_gradient(
     grad_output: Tensor, pending_input: Tensor | None, coefficients: Tensor | None
 ) -> Tensor:
     """The gradient itself, formed first where it is pending."""
@@ -265,7 +265,7 @@ def batch_norm_relu_conv2d_backward_input(
     ``pending_input``, and its ``batch_norm_backward_coefficients`` complete it; it may then be of
     the accumulation type.
     """
-    grad_output = _incoming(grad_output, pending_input, coefficients)
+    grad_output = formed_gradient(grad_output, pending_input, coefficients)
     grad_activation = torch.ops.aten.convolution_backward.default(
         grad_output, input.to(conv_weight.dtype), conv_weight, None, stride, padding, dilation,
         False, [0, 0], groups, [True, False, False],
@@ -299,8 +299,8 @@ def batch_norm_relu_conv2d_backward_weight(
     """
     activation = batch_norm_relu(input, mean, var, weight, bias, eps).to(conv_weight.dtype)
     gradient = torch.ops.aten.convolution_backward.default(
-        _incoming(grad_output, pending_input, coefficients), activation, conv_weight, None, stride,
-        padding, dilation, False, [0, 0], groups, [False, True, False],
+        formed_gradient(grad_output, pending_input, coefficients), activation, conv_weight, None,
+        stride, padding, dilation, False, [0, 0], groups, [False, True, False],
     )[1]  # fmt: skip
     return preserve_layout(gradient, conv_weight)
 
@@ -327,7 +327,7 @@ def batch_norm_relu_conv2d_backward(
     ``grad_activation``, like ``input``, is what other users of the activation contribute to its
     gradient. ``grad_output`` may be pending, as in ``batch_norm_relu_conv2d_backward_input``.
     """
-    grad_output = _incoming(grad_output, pending_input, coefficients)
+    grad_output = formed_gradient(grad_output, pending_input, coefficients)
     activation = batch_norm_relu(input, mean, var, weight, bias, eps).to(conv_weight.dtype)
     gradient, grad_conv_weight, _ = torch.ops.aten.convolution_backward.default(
         grad_output, activation, conv_weight, None, stride, padding, dilation, False, [0, 0],

@@ -11,12 +11,31 @@ import triton
 import triton.language as tl
 
 from ._epilogue import store_masked_with_sums, store_with_statistics
-from ._prologue import load_gradient, load_norm, normalise, residue_taps
+from ._prologue import (
+    load_coefficients,
+    load_gradient,
+    load_norm,
+    load_prepared_norm,
+    normalise,
+    residue_taps,
+)
 
 
 @triton.jit
 def load_taps(pointers, tap, group_in, mask):
     return tl.load(pointers + tap * group_in, mask, other=0.0)
+
+
+@triton.jit
+def in_range(index, end, EVEN: tl.constexpr):
+    """Whether ``index`` is before ``end``; where EVEN it always is, and no instruction asks."""
+    return index >= 0 if EVEN else index < end
+
+
+@triton.jit
+def load_masked(pointers, row_mask, column_mask, EVEN: tl.constexpr):
+    mask = row_mask if EVEN else row_mask & column_mask[None, :]
+    return tl.load(pointers, mask, other=0.0)  # [BLOCK_K, BLOCK_M]
 
 
 @triton.jit
@@ -30,9 +49,8 @@ def moved(acc, by, keep, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 @triton.jit
 def batch_norm_relu_conv2d_rows_kernel(
     input_ptr,  # [N, H, W, C]
-    mean_ptr,  # [C], as the next three
-    var_ptr,
-    weight_ptr,
+    mean_ptr,  # [C], as the next two
+    scale_ptr,
     bias_ptr,
     conv_weight_ptr,  # [O, KERNEL_H, 3, group_in]
     conv_bias_ptr,  # [O]
@@ -54,15 +72,15 @@ def batch_norm_relu_conv2d_rows_kernel(
     padding_w,  # equal to dilation_w
     dilation_h,
     dilation_w,
-    eps,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     PADDED: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_CONV_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     PRECISION: tl.constexpr,
+    KERNEL_ROWS: tl.constexpr,  # that a step takes: 1, or KERNEL_H
+    EVEN: tl.constexpr,  # no tile has idle columns
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -70,7 +88,7 @@ def batch_norm_relu_conv2d_rows_kernel(
     column_tiles = tl.cdiv(group_out, BLOCK_N)
     row_tile = tl.program_id(0) // column_tiles
     column = (tl.program_id(0) % column_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-    column_mask = column < group_out
+    column_mask = in_range(column, group_out, EVEN)
     group = tl.program_id(1)
 
     # The first and last dilation_w rows of a tile only lend to their neighbours.
@@ -89,36 +107,41 @@ def batch_norm_relu_conv2d_rows_kernel(
     left = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     middle = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     right = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in range(tl.cdiv(group_in, BLOCK_K) * KERNEL_H):
-        tap = step % KERNEL_H
-        down = tap * dilation_h
-        channel = (step // KERNEL_H) * BLOCK_K + inner
-        channel_mask = channel < group_in
-        inside = (top + down >= 0) & (top + down < height)
-        values = tl.load(
-            input_ptr + (corner + down.to(tl.int64) * width * channels)[:, None] + channel[None, :],
-            inside[:, None] & channel_mask[None, :],
-            other=0.0,
-        )  # [BLOCK_M, BLOCK_K]
-        mean, scale, bias = load_norm(
-            mean_ptr, var_ptr, weight_ptr, bias_ptr, group * group_in + channel, channel_mask, eps,
-            HAS_WEIGHT, HAS_BIAS,
-        )  # fmt: skip
-        z = normalise(values, mean[None, :], scale[None, :], bias[None, :])
-        bound = tl.where(inside, float("inf"), 0.0)[:, None]
-        z = tl.minimum(z, bound, propagate_nan=tl.PropagateNan.ALL)
-        activation = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL).to(values.dtype)
+    # A norm loaded once serves the rows of the kernel that a step takes.
+    STEPS: tl.constexpr = KERNEL_H // KERNEL_ROWS
+    for step in range(tl.cdiv(group_in, BLOCK_K) * STEPS):
+        channel = (step // STEPS) * BLOCK_K + inner
+        channel_mask = in_range(channel, group_in, EVEN)
+        mean, scale, bias = load_prepared_norm(
+            mean_ptr, scale_ptr, bias_ptr, group * group_in + channel, channel_mask, HAS_BIAS
+        )
         taps = conv_weight_ptr + conv_weight_row[None, :] + channel[:, None]
         mask = column_mask[None, :] & channel_mask[:, None]
-        left_taps = load_taps(taps, tap * 3, group_in, mask)  # [BLOCK_K, BLOCK_N]
-        middle_taps = load_taps(taps, tap * 3 + 1, group_in, mask)
-        right_taps = load_taps(taps, tap * 3 + 2, group_in, mask)
-        left = tl.dot(activation, left_taps, left, input_precision=PRECISION)
-        middle = tl.dot(activation, middle_taps, middle, input_precision=PRECISION)
-        right = tl.dot(activation, right_taps, right, input_precision=PRECISION)
+        for kernel_row in tl.static_range(KERNEL_ROWS):
+            tap = (step % STEPS) * KERNEL_ROWS + kernel_row
+            down = tap * dilation_h
+            inside = (top + down).to(tl.uint32) < height
+            shift = tl.cast(down, tl.int64) * width * channels
+            values = tl.load(
+                input_ptr + (corner + shift)[:, None] + channel[None, :],
+                inside[:, None] & channel_mask[None, :],
+                other=0.0,
+            )  # [BLOCK_M, BLOCK_K]
+            z = normalise(values, mean[None, :], scale[None, :], bias[None, :])
+            z *= tl.where(inside, 1.0, 0.0)[:, None]
+            activation = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL).to(values.dtype)
+            left_taps = load_taps(taps, tap * 3, group_in, mask)  # [BLOCK_K, BLOCK_N]
+            middle_taps = load_taps(taps, tap * 3 + 1, group_in, mask)
+            right_taps = load_taps(taps, tap * 3 + 2, group_in, mask)
+            left = tl.dot(activation, left_taps, left, input_precision=PRECISION)
+            middle = tl.dot(activation, middle_taps, middle, input_precision=PRECISION)
+            right = tl.dot(activation, right_taps, right, input_precision=PRECISION)
 
-    acc = middle + moved(left, -dilation_w, column_of_image >= dilation_w, BLOCK_M, BLOCK_N)
+    acc = moved(left, -dilation_w, column_of_image >= dilation_w, BLOCK_M, BLOCK_N)
     acc += moved(right, dilation_w, column_of_image + dilation_w < width, BLOCK_M, BLOCK_N)
+    acc += middle
+    # Nothing of what follows is begun, and takes registers, while three accumulators live.
+    tl.debug_barrier()
     own = (lane >= dilation_w) & (lane < BLOCK_M - dilation_w) & (row < rows)
     store_with_statistics(
         acc, row, own, tl.minimum(rows - row_tile * results, results), row_tile,
@@ -138,6 +161,7 @@ def batch_norm_relu_conv2d_backward_input_rows_kernel(
     weight_ptr,
     bias_ptr,
     conv_weight_ptr,  # [O, KERNEL_H, 3, group_in]
+    formed_ptr,  # [N, P, W, O]: where the gradient goes that was pending
     grad_activation_ptr,  # [N, H, W, C]: what other users of the activation contribute
     grad_z_ptr,  # [N, H, W, C]
     partial_ptr,  # [classes * row tiles, 2, C]: sums of dz * xhat and of dz
@@ -167,7 +191,11 @@ def batch_norm_relu_conv2d_backward_input_rows_kernel(
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_GRAD_ACTIVATION: tl.constexpr,
+    FORM_H: tl.constexpr,  # row of the kernel whose taps store the gradient formed, or -1
+    FORM_W: tl.constexpr,
     PRECISION: tl.constexpr,
+    KERNEL_ROWS: tl.constexpr,  # that a step takes: 1, or KERNEL_H where it strides by 1
+    EVEN: tl.constexpr,  # no tile has idle columns
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -175,7 +203,7 @@ def batch_norm_relu_conv2d_backward_input_rows_kernel(
     column_tiles = tl.cdiv(group_in, BLOCK_N)
     row_tile = tl.program_id(0) // column_tiles
     column = (tl.program_id(0) % column_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-    column_mask = column < group_in
+    column_mask = in_range(column, group_in, EVEN)
     group = tl.program_id(1)
     residue_h = tl.program_id(2)
     first_h, taps_h = residue_taps(residue_h, KERNEL_H, stride_h, padding_h, dilation_h, period_h)
@@ -198,37 +226,47 @@ def batch_norm_relu_conv2d_backward_input_rows_kernel(
     left = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     middle = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     right = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    own = (lane >= dilation_w) & (lane < BLOCK_M - dilation_w) & (row < rows) & (h < height)
     tap_h = 0
     block = 0
-    for _ in range(tl.cdiv(group_out, BLOCK_K) * taps_h):
+    for _ in range(tl.cdiv(group_out, BLOCK_K) * (taps_h // KERNEL_ROWS)):
         out_channel = block + inner
-        out_mask = out_channel < group_out
-        up = base_h - tap_h * back_h
-        inside = (p + up >= 0) & (p + up < out_height)
-        shift = up.to(tl.int64) * out_width * out_channels
-        grad = load_gradient(
-            grad_ptr, pending_ptr, coefficients_ptr,
-            (corner + shift)[:, None] + out_channel[None, :], inside[:, None] & out_mask[None, :],
-            group * group_out + out_channel, out_channels, out_mask, PENDING, 1,
-        )  # [BLOCK_M, BLOCK_K]  # fmt: skip
-        tap = (first_h + tap_h * period_h) * 3
+        out_mask = in_range(out_channel, group_out, EVEN)
+        coefficients = load_coefficients(
+            coefficients_ptr, group * group_out + out_channel, out_channels, out_mask, PENDING
+        )
         weight_row = (group * group_out + out_channel) * (KERNEL_H * 3 * group_in)
         taps = conv_weight_ptr + weight_row[:, None] + column[None, :]
         mask = out_mask[:, None] & column_mask[None, :]
-        left_taps = load_taps(taps, tap, group_in, mask)  # [BLOCK_K, BLOCK_N]
-        middle_taps = load_taps(taps, tap + 1, group_in, mask)
-        right_taps = load_taps(taps, tap + 2, group_in, mask)
-        left = tl.dot(grad, left_taps, left, input_precision=PRECISION)
-        middle = tl.dot(grad, middle_taps, middle, input_precision=PRECISION)
-        right = tl.dot(grad, right_taps, right, input_precision=PRECISION)
-        tap_h += 1
+        for kernel_row in tl.static_range(KERNEL_ROWS):
+            up = base_h - (tap_h + kernel_row) * back_h
+            inside = (p + up).to(tl.uint32) < out_height
+            offsets = (corner + up.to(tl.int64) * out_width * out_channels)[:, None]
+            offsets += out_channel[None, :]
+            grad = load_gradient(
+                grad_ptr, pending_ptr, offsets, inside, out_mask, coefficients, PENDING
+            )  # [BLOCK_M, BLOCK_K]  # fmt: skip
+            tap = first_h + (tap_h + kernel_row) * period_h
+            if FORM_H >= 0:
+                once = (inside & own)[:, None] & out_mask[None, :]
+                if (tap == FORM_H) & (tl.program_id(0) % column_tiles == 0):
+                    tl.store(formed_ptr + offsets, grad, once)
+            left_taps = load_taps(taps, tap * 3, group_in, mask)  # [BLOCK_K, BLOCK_N]
+            middle_taps = load_taps(taps, tap * 3 + 1, group_in, mask)
+            right_taps = load_taps(taps, tap * 3 + 2, group_in, mask)
+            left = tl.dot(grad, left_taps, left, input_precision=PRECISION)
+            middle = tl.dot(grad, middle_taps, middle, input_precision=PRECISION)
+            right = tl.dot(grad, right_taps, right, input_precision=PRECISION)
+        tap_h += KERNEL_ROWS
         next_block = tap_h == taps_h
         tap_h = tl.where(next_block, 0, tap_h)
         block = tl.where(next_block, block + BLOCK_K, block)
 
-    acc = middle + moved(left, dilation_w, w + dilation_w < width, BLOCK_M, BLOCK_N)
+    acc = moved(left, dilation_w, w + dilation_w < width, BLOCK_M, BLOCK_N)
     acc += moved(right, -dilation_w, w >= dilation_w, BLOCK_M, BLOCK_N)
-    own = (lane >= dilation_w) & (lane < BLOCK_M - dilation_w) & (row < rows) & (h < height)
+    acc += middle
+    # Nothing of what follows is begun, and takes registers, while three accumulators live.
+    tl.debug_barrier()
     tile = tl.program_id(2) * (tl.num_programs(0) // column_tiles) + row_tile
     store_masked_with_sums(
         acc, ((image * height + h) * width + w) * channels, own, tile,
@@ -241,8 +279,6 @@ def batch_norm_relu_conv2d_backward_input_rows_kernel(
 @triton.jit
 def batch_norm_relu_conv2d_backward_weight_rows_kernel(
     grad_ptr,  # [N, P, W, O]
-    pending_ptr,  # [N, P, W, O]: input of the following norm
-    coefficients_ptr,  # [4, O]
     input_ptr,  # [N, H, W, C]
     mean_ptr,  # [C], as the next three
     var_ptr,
@@ -269,9 +305,10 @@ def batch_norm_relu_conv2d_backward_weight_rows_kernel(
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     PADDED: tl.constexpr,
-    PENDING: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    SAME: tl.constexpr,  # the result is as high as the input, a line of it above each line
+    EVEN: tl.constexpr,  # no tile has idle columns or rows
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -306,48 +343,42 @@ def batch_norm_relu_conv2d_backward_weight_rows_kernel(
     left = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     middle = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     right = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # Within a tile 32 bits count; what a tile adds is the same number for all of its elements.
+    in_tile = inner[:, None] * channels + channel[None, :]
+    in_grad = inner[:, None] * out_channels + grad_channel[None, :]
     for start in range(first, last, BLOCK_K):
-        row = start + inner
-        row_mask = row < last
+        row_mask = start + inner < last
         y = p * stride_h + top
-        inside = row_mask & (y >= 0) & (y < height)
-        pixel = (image * height + y) * width + x
-        values = tl.load(
-            input_ptr + pixel.to(tl.int64)[:, None] * channels + channel[None, :],
-            inside[:, None] & column_mask[None, :],
-            other=0.0,
-        )  # [BLOCK_K, BLOCK_N]
+        inside = row_mask & (y.to(tl.uint32) < height)
+        mask = inside[:, None] if EVEN else inside[:, None] & column_mask[None, :]
+        if SAME:
+            above = tl.cast(start + top * width, tl.int64) * channels
+            values = tl.load(input_ptr + above + in_tile, mask, other=0.0)  # [BLOCK_K, BLOCK_N]
+        else:
+            pixel = ((image * height + y) * width + x).to(tl.int64)
+            pointers = input_ptr + pixel[:, None] * channels + channel[None, :]
+            values = tl.load(pointers, mask, other=0.0)
         z = normalise(values, mean[None, :], scale[None, :], bias[None, :])
-        bound = tl.where(inside, float("inf"), 0.0)[:, None]
-        z = tl.minimum(z, bound, propagate_nan=tl.PropagateNan.ALL)
+        z *= tl.where(inside, 1.0, 0.0)[:, None]
         activation = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL).to(values.dtype)
 
         # Which result a tap takes a position to: one dilation on, the same, one dilation back.
-        grad_offset = row.to(tl.int64)[:, None] * out_channels + grad_channel[None, :]
+        results = grad_ptr + tl.cast(start, tl.int64) * out_channels
         moved_by = dilation_w * out_channels
-        grad = load_gradient(
-            grad_ptr, pending_ptr, coefficients_ptr, grad_offset + moved_by,
-            (row_mask & (x + dilation_w < width))[:, None] & out_mask[None, :],
-            grad_channel, out_channels, out_mask, PENDING, 1,
-        )  # [BLOCK_K, BLOCK_M]  # fmt: skip
+        reaches = (row_mask & (x + dilation_w < width))[:, None]
+        grad = load_masked(results + moved_by + in_grad, reaches, out_mask, EVEN)
         left = tl.dot(tl.trans(grad), activation, left, input_precision=PRECISION)
-        grad = load_gradient(
-            grad_ptr, pending_ptr, coefficients_ptr, grad_offset,
-            row_mask[:, None] & out_mask[None, :],
-            grad_channel, out_channels, out_mask, PENDING, 1,
-        )  # fmt: skip
+        grad = load_masked(results + in_grad, row_mask[:, None], out_mask, EVEN)
         middle = tl.dot(tl.trans(grad), activation, middle, input_precision=PRECISION)
-        grad = load_gradient(
-            grad_ptr, pending_ptr, coefficients_ptr, grad_offset - moved_by,
-            (row_mask & (x >= dilation_w))[:, None] & out_mask[None, :],
-            grad_channel, out_channels, out_mask, PENDING, 1,
-        )  # fmt: skip
+        reaches = (row_mask & (x >= dilation_w))[:, None]
+        grad = load_masked(results - moved_by + in_grad, reaches, out_mask, EVEN)
         right = tl.dot(tl.trans(grad), activation, right, input_precision=PRECISION)
 
         x += step_x
         p += step_p + tl.where(x >= width, 1, 0)
         x = tl.where(x >= width, x - width, x)
-        image += step_image + tl.where(p >= out_height, 1, 0)
+        if not SAME:
+            image += step_image + tl.where(p >= out_height, 1, 0)
         p = tl.where(p >= out_height, p - out_height, p)
 
     out = ((tl.program_id(2).to(tl.int64) * out_channels + grad_channel) * KERNEL_H + tap_h) * 3

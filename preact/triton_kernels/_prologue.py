@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_SCALE_BLOCK = 128
 
 
 @triton.jit
@@ -39,39 +40,91 @@ def load_norm(
 
 
 @triton.jit
+def load_prepared_norm(mean_ptr, scale_ptr, bias_ptr, channel, mask, HAS_BIAS: tl.constexpr):
+    """As ``load_norm``, with the scale that ``norm_scale`` computed."""
+    mean = tl.load(mean_ptr + channel, mask, other=0.0).to(tl.float32)
+    scale = tl.load(scale_ptr + channel, mask, other=0.0)
+    bias = tl.zeros_like(mean)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + channel, mask, other=0.0).to(tl.float32)
+    return mean, scale, bias
+
+
+@triton.jit
+def norm_scale_kernel(
+    var_ptr,  # [C], as the next two
+    weight_ptr,
+    scale_ptr,
+    channels,
+    eps,
+    HAS_WEIGHT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = channel < channels
+    _, scale, _ = load_norm(
+        var_ptr, var_ptr, weight_ptr, var_ptr, channel, mask, eps, HAS_WEIGHT, False
+    )
+    tl.store(scale_ptr + channel, scale, mask)
+
+
+def norm_scale(var: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """``weight * rsqrt(var + eps)`` ``[C]``, bit for bit the one that ``load_norm`` computes.
+
+    A main loop that normalises by blocks of channels would compute it for every tile again, in
+    every thread of a row: more instructions than all the rest of the prologue on sm_100.
+    """
+    scale = torch.empty_like(var, dtype=torch.float32)
+    grid = (triton.cdiv(var.numel(), _SCALE_BLOCK),)
+    norm_scale_kernel[grid](
+        var, weight, scale, var.numel(), eps, HAS_WEIGHT=weight is not None, BLOCK=_SCALE_BLOCK,
+        num_warps=1,
+    )  # fmt: skip
+    return scale
+
+
+@triton.jit
 def normalise(x, mean, scale, bias):
     """``z`` by the arithmetic of every kernel, so that every mask is the same bit for bit."""
     return (x.to(tl.float32) - mean) * scale + bias
 
 
 @triton.jit
+def load_coefficients(coefficients_ptr, channel, channels, mask, PENDING: tl.constexpr):
+    """``[4, channels]`` of a pending gradient for a tile whose columns are channels, or nothing."""
+    scale = tl.full(channel.shape, 0.0, tl.float32)
+    slope = scale
+    centre = scale
+    offset = scale
+    if PENDING:
+        row = coefficients_ptr + channel
+        scale = tl.load(row, mask, other=0.0)
+        slope = tl.load(row + channels, mask, other=0.0)
+        centre = tl.load(row + 2 * channels, mask, other=0.0)
+        offset = tl.load(row + 3 * channels, mask, other=0.0)
+    return scale[None, :], slope[None, :], centre[None, :], offset[None, :]
+
+
+@triton.jit
 def load_gradient(
     grad_ptr,
     pending_ptr,
-    coefficients_ptr,  # [4, channels]
     offsets,
-    mask,
-    channel,
-    channels,
-    channel_mask,
+    inside,  # of the tile's rows
+    channel_mask,  # of its columns, whose coefficients are nought outside
+    coefficients,
     PENDING: tl.constexpr,
-    CHANNEL_AXIS: tl.constexpr,  # of offsets, 0 or 1
 ):
     """The gradient at ``offsets``, or formed there from its pending parts; nought outside."""
+    mask = inside[:, None] & channel_mask[None, :]
     grad = tl.load(grad_ptr + offsets, mask, other=0.0)
     if PENDING:
-        row = coefficients_ptr + channel
-        scale = tl.load(row, channel_mask, other=0.0)
-        slope = tl.load(row + channels, channel_mask, other=0.0)
-        centre = tl.load(row + 2 * channels, channel_mask, other=0.0)
-        offset = tl.load(row + 3 * channels, channel_mask, other=0.0)
-        scale = tl.expand_dims(scale, 1 - CHANNEL_AXIS)
-        slope = tl.expand_dims(slope, 1 - CHANNEL_AXIS)
-        centre = tl.expand_dims(centre, 1 - CHANNEL_AXIS)
-        offset = tl.expand_dims(offset, 1 - CHANNEL_AXIS)
+        scale, slope, centre, offset = coefficients
         x = tl.load(pending_ptr + offsets, mask, other=0.0).to(tl.float32)
-        formed = scale * grad.to(tl.float32) + (slope * (x - centre) + offset)
-        grad = tl.where(mask, formed, 0.0).to(grad.dtype)
+        # To multiply what does not vanish by itself takes fewer instructions than to select.
+        one = tl.where(inside, 1.0, 0.0)[:, None]
+        formed = scale * grad.to(tl.float32) + (slope * (x - centre) + offset) * one
+        grad = formed.to(grad.dtype)
     return grad
 
 
@@ -95,6 +148,8 @@ class Config(NamedTuple):
     stages: int
     row_taps: int = 1
     """Taps along a row that one tile of the input serves: 1, or all three at once."""
+    kernel_rows: int = 1
+    """Rows of the kernel that one step of the sum takes: 1, or all at once."""
 
 
 class Sizes(NamedTuple):
@@ -168,12 +223,42 @@ def rows_apply(
     return kernel[1] == 3 and stride[1] == 1 and padding[1] == dilation[1] <= MOST_ROW_DILATION
 
 
+def covering_taps(
+    size: Sizes,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, int] | None:
+    """A tap from which every pixel of the result reaches one inside the input, or None.
+
+    Backward to the input meets each pixel of the gradient once at that tap.
+    """
+    found = []
+    for axis, (extent, out) in enumerate(
+        ((size.height, size.out_height), (size.width, size.out_width))
+    ):
+        first = [tap * dilation[axis] - padding[axis] for tap in range(kernel[axis])]
+        last = (out - 1) * stride[axis]
+        found.append(
+            next((t for t, low in enumerate(first) if low >= 0 and low + last < extent), -1)
+        )
+    return None if min(found) < 0 else (found[0], found[1])
+
+
 def product_configs(
-    columns: int, inner: int, by_rows: bool, dtype: torch.dtype, precision: str, capability: int
+    columns: int,
+    inner: int,
+    kernel_rows: int,
+    dtype: torch.dtype,
+    precision: str,
+    capability: int,
+    rows_inner: int = 64,
 ) -> tuple[Config, ...]:
     """Tiles worth trying for forward and dgrad, the one to take unmeasured first.
 
-    ``columns`` and ``inner`` are channels of a group: of the result, of the sum. Three accumulators
+    ``columns`` and ``inner`` are channels of a group: of the result, of the sum; ``kernel_rows`` is
+    0 where a tile cannot serve the taps of a row. Three accumulators
     want the large tile of a warp-group's instructions, whose results or operands need no registers
     of all warps; elsewhere a smaller one keeps them from spilling.
     """
@@ -189,11 +274,13 @@ def product_configs(
         Config(128, block_n, block_k, few if block_n <= 32 else 8, stages),
         Config(64, block_n, block_k, few, stages),
     )
-    if not by_rows:
+    if not kernel_rows:
         return each_tap
     narrow = min(block_n, 64)
     if capability in WARP_GROUP:
-        return (Config(128, narrow, block_k, 8, 2, row_taps=3), *each_tap)
+        if capability in TENSOR_MEMORY:
+            return (Config(128, block_n, min(block_k, rows_inner), 8, 2, row_taps=3), *each_tap)
+        return (Config(128, narrow, min(block_k, 32), 8, 2, 3, kernel_rows), *each_tap)
     return (Config(64, narrow, min(block_k, 32), 8, 3, row_taps=3), *each_tap)
 
 

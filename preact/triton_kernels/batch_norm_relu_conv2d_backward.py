@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from ._prologue import covering_taps, sizes
 from .batch_norm_relu_conv2d_backward_input import batch_norm_relu_conv2d_backward_input
 from .batch_norm_relu_conv2d_backward_weight import batch_norm_relu_conv2d_backward_weight
 
@@ -27,9 +29,19 @@ def batch_norm_relu_conv2d_backward(
     pending_input: Tensor | None = None,
     coefficients: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shared = (
-        grad_output, input, mean, var, weight, bias, eps, conv_weight, stride, padding, dilation,
-        groups, pending_input, coefficients,
-    )  # fmt: skip
-    grad_z, sum_dz_x, sum_dz = batch_norm_relu_conv2d_backward_input(*shared, grad_activation)
-    return grad_z, sum_dz_x, sum_dz, batch_norm_relu_conv2d_backward_weight(*shared)
+    rest = (input, mean, var, weight, bias, eps, conv_weight, stride, padding, dilation, groups)
+    pending = (pending_input, coefficients)
+    formed = None
+    if pending_input is not None:
+        size = sizes(input, conv_weight, stride, padding, dilation, groups)
+        if covering_taps(size, conv_weight.shape[2:], stride, padding, dilation) is not None:
+            formed = torch.empty_like(grad_output, memory_format=torch.channels_last)
+    grad_z, *sums = batch_norm_relu_conv2d_backward_input(
+        grad_output, *rest, *pending, grad_activation, formed
+    )
+    # Formed once, by the first kernel for the second: to form it for every tap there takes more
+    # instructions than to multiply it, and reads a map more where this writes one.
+    if formed is not None:
+        grad_output, pending = formed, (None, None)
+    grad_weight = batch_norm_relu_conv2d_backward_weight(grad_output, *rest, *pending)
+    return (grad_z, *sums, grad_weight)

@@ -25,8 +25,10 @@ from ._partials import merge_sums
 from ._prologue import (
     Config,
     channels_last,
+    covering_taps,
     float32_precision,
     like_layout,
+    load_coefficients,
     load_gradient,
     product_configs,
     residue_taps,
@@ -47,6 +49,7 @@ def batch_norm_relu_conv2d_backward_input_kernel(
     weight_ptr,
     bias_ptr,
     conv_weight_ptr,  # [O, KERNEL_H, KERNEL_W, group_in]
+    formed_ptr,  # [N, P, Q, O]: where the gradient goes that was pending
     grad_activation_ptr,  # [N, H, W, C]: what other users of the activation contribute
     grad_z_ptr,  # [N, H, W, C]
     partial_ptr,  # [classes * row tiles, 2, C]: sums of dz * xhat and of dz
@@ -76,7 +79,11 @@ def batch_norm_relu_conv2d_backward_input_kernel(
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_GRAD_ACTIVATION: tl.constexpr,
+    FORM_H: tl.constexpr,  # tap that stores the gradient formed, or -1
+    FORM_W: tl.constexpr,
     PRECISION: tl.constexpr,
+    KERNEL_ROWS: tl.constexpr,  # 1
+    EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -120,14 +127,22 @@ def batch_norm_relu_conv2d_backward_input_kernel(
         left = base_w - tap_w * back_w
         y = p + up
         x = q + left
-        inside = (y >= 0) & (y < out_height) & (x >= 0) & (x < out_width)
+        inside = (y.to(tl.uint32) < out_height) & (x.to(tl.uint32) < out_width)
         shift = (up.to(tl.int64) * out_width + left) * out_channels
+        offsets = (corner + shift)[:, None] + out_channel[None, :]
+        coefficients = load_coefficients(
+            coefficients_ptr, group * group_out + out_channel, out_channels, out_mask, PENDING
+        )
         grad = load_gradient(
-            grad_ptr, pending_ptr, coefficients_ptr,
-            (corner + shift)[:, None] + out_channel[None, :], inside[:, None] & out_mask[None, :],
-            group * group_out + out_channel, out_channels, out_mask, PENDING, 1,
-        )  # [BLOCK_M, BLOCK_K]  # fmt: skip
-        tap = (first_h + tap_h * period_h) * KERNEL_W + first_w + tap_w * period_w
+            grad_ptr, pending_ptr, offsets, inside, out_mask, coefficients, PENDING
+        )  # [BLOCK_M, BLOCK_K]
+        kernel_h = first_h + tap_h * period_h
+        kernel_w = first_w + tap_w * period_w
+        if FORM_H >= 0:
+            once = (kernel_h == FORM_H) & (kernel_w == FORM_W)
+            if once & (tl.program_id(0) % column_tiles == 0):
+                tl.store(formed_ptr + offsets, grad, inside[:, None] & out_mask[None, :])
+        tap = kernel_h * KERNEL_W + kernel_w
         taps = tl.load(
             conv_weight_ptr
             + ((group * group_out + out_channel) * (TAPS * group_in) + tap * group_in)[:, None]
@@ -169,8 +184,13 @@ def batch_norm_relu_conv2d_backward_input(
     pending_input: Tensor | None = None,
     coefficients: Tensor | None = None,
     grad_activation: Tensor | None = None,
+    formed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``grad_activation``, like ``input``, joins before the mask; the op has no such argument."""
+    """The op, and two arguments of the composite op alone.
+
+    ``grad_activation``, like ``input``, joins before the mask. ``formed``, channels_last and
+    unwritten, takes the gradient that was pending; only where ``covering_taps`` finds one.
+    """
     size = sizes(
         input, conv_weight, stride, padding, dilation, groups,
         grad_output=grad_output, pending_input=pending_input,
@@ -189,6 +209,11 @@ def batch_norm_relu_conv2d_backward_input(
     )
     rows = input.size(0) * class_height * class_width
     classes = stride[0] * stride[1]
+    form_h, form_w = -1, -1
+    if formed is not None:
+        found = covering_taps(size, kernel, stride, padding, dilation)
+        assert found is not None
+        form_h, form_w = found
     periods = [s // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
 
     def launch(config: Config) -> Tensor:
@@ -202,11 +227,13 @@ def batch_norm_relu_conv2d_backward_input(
         partial = mean.new_empty(classes * row_tiles, 2 * size.channels)
         grid = (row_tiles * triton.cdiv(size.group_in, config.block_n), groups, classes)
         run[grid](
-            grad, pending, coefficients, source, mean, var, weight, bias, filters, added, grad_z,
-            partial, rows, class_height, class_width, *size, *stride, *padding, *dilation,
+            grad, pending, coefficients, source, mean, var, weight, bias, filters, formed, added,
+            grad_z, partial, rows, class_height, class_width, *size, *stride, *padding, *dilation,
             *periods, eps, KERNEL_H=kernel[0], KERNEL_W=kernel[1], PENDING=pending is not None,
             HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
-            HAS_GRAD_ACTIVATION=added is not None, PRECISION=precision,
+            HAS_GRAD_ACTIVATION=added is not None, FORM_H=form_h, FORM_W=form_w,
+            PRECISION=precision, KERNEL_ROWS=config.kernel_rows if stride[0] == 1 else 1,
+            EVEN=size.group_in % config.block_n == 0 and size.group_out % config.block_k == 0,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
@@ -218,8 +245,9 @@ def batch_norm_relu_conv2d_backward_input(
     )
     capability = devices.properties(input.device).capability
     choices = product_configs(
-        size.group_in, size.group_out, by_rows, input.dtype, precision, capability
-    )
+        size.group_in, size.group_out, by_rows * kernel[0], input.dtype, precision, capability,
+        rows_inner=32,
+    )  # fmt: skip
     op = "batch_norm_relu_conv2d_backward_input"
     config = tuning.select(op, key, choices, launch, input.device)
     sums = merge_sums(launch(config), size.channels, mean.dtype)

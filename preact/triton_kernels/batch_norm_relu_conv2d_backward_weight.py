@@ -14,19 +14,19 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import device as devices
-from .. import tuning
+from .. import reference, tuning
 from ._conv2d_rows import batch_norm_relu_conv2d_backward_weight_rows_kernel
 from ._maps import check_vectors
 from ._partials import TILES, merge_sums
 from ._prologue import (
     LITTLE_SHARED,
+    TENSOR_MEMORY,
     WARP_GROUP,
     Config,
     Sizes,
     channels_last,
     float32_precision,
     like_layout,
-    load_gradient,
     load_norm,
     normalise,
     rows_apply,
@@ -42,8 +42,6 @@ _LEAST_STEPS = 8
 @triton.jit
 def batch_norm_relu_conv2d_backward_weight_kernel(
     grad_ptr,  # [N, P, Q, O]
-    pending_ptr,  # [N, P, Q, O]: input of the following norm
-    coefficients_ptr,  # [4, O]
     input_ptr,  # [N, H, W, C]
     mean_ptr,  # [C], as the next three
     var_ptr,
@@ -70,9 +68,10 @@ def batch_norm_relu_conv2d_backward_weight_kernel(
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     PADDED: tl.constexpr,  # some tap may fall outside the image
-    PENDING: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    SAME: tl.constexpr,  # the result has the input's size, and each pixel of it lies above one
+    EVEN: tl.constexpr,  # no tile has idle columns or rows
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -109,34 +108,38 @@ def batch_norm_relu_conv2d_backward_weight_kernel(
     step_image = BLOCK_K // out_width // out_height
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # Within a tile 32 bits count; what a tile adds is the same number for all of its elements.
+    in_tile = inner[:, None] * channels + channel[None, :]
+    in_grad = inner[:, None] * out_channels + grad_channel[None, :]
     for start in range(first, last, BLOCK_K):
-        row = start + inner
-        row_mask = row < last
-        grad = load_gradient(
-            grad_ptr, pending_ptr, coefficients_ptr,
-            row.to(tl.int64)[:, None] * out_channels + grad_channel[None, :],
-            row_mask[:, None] & out_mask[None, :],
-            grad_channel, out_channels, out_mask, PENDING, 1,
-        )  # [BLOCK_K, BLOCK_M]  # fmt: skip
+        row_mask = start + inner < last
+        grad = tl.load(
+            grad_ptr + tl.cast(start, tl.int64) * out_channels + in_grad,
+            row_mask[:, None] if EVEN else row_mask[:, None] & out_mask[None, :],
+            other=0.0,
+        )  # [BLOCK_K, BLOCK_M]
         y = p * stride_h + top
         x = q * stride_w + left
-        inside = row_mask & (y >= 0) & (y < height) & (x >= 0) & (x < width)
-        pixel = (image * height + y) * width + x
-        values = tl.load(
-            input_ptr + pixel.to(tl.int64)[:, None] * channels + channel[None, :],
-            inside[:, None] & column_mask[None, :],
-            other=0.0,
-        )  # [BLOCK_K, BLOCK_N]
+        inside = row_mask & (y.to(tl.uint32) < height) & (x.to(tl.uint32) < width)
+        mask = inside[:, None] if EVEN else inside[:, None] & column_mask[None, :]
+        if SAME:
+            above = tl.cast(start + top * width + left, tl.int64) * channels
+            values = tl.load(input_ptr + above + in_tile, mask, other=0.0)  # [BLOCK_K, BLOCK_N]
+        else:
+            pixel = ((image * height + y) * width + x).to(tl.int64)
+            pointers = input_ptr + pixel[:, None] * channels + channel[None, :]
+            values = tl.load(pointers, mask, other=0.0)
         z = normalise(values, mean[None, :], scale[None, :], bias[None, :])
         if PADDED:
-            bound = tl.where(inside, float("inf"), 0.0)[:, None]
-            z = tl.minimum(z, bound, propagate_nan=tl.PropagateNan.ALL)
+            # A factor takes half the instructions of selecting packed values.
+            z *= tl.where(inside, 1.0, 0.0)[:, None]
         activation = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL).to(values.dtype)
         acc = tl.dot(tl.trans(grad), activation, acc, input_precision=PRECISION)
         q += step_q
         p += step_p + tl.where(q >= out_width, 1, 0)
         q = tl.where(q >= out_width, q - out_width, q)
-        image += step_image + tl.where(p >= out_height, 1, 0)
+        if not SAME:
+            image += step_image + tl.where(p >= out_height, 1, 0)
         p = tl.where(p >= out_height, p - out_height, p)
 
     out = (tl.program_id(2).to(tl.int64) * out_channels + grad_channel) * TAPS + tap
@@ -163,7 +166,8 @@ def configs(
     if not by_rows:
         return each_tap
     if capability in WARP_GROUP:
-        return (Config(block_m, narrow, block_k, 8, 2, row_taps=3), *each_tap)
+        columns = block_n if capability in TENSOR_MEMORY else narrow
+        return (Config(block_m, columns, block_k, 8, 2, row_taps=3), *each_tap)
     block_k = 16 if dtype == torch.float32 else 32
     return (Config(min(block_m, 64), narrow, block_k, 8, 2, row_taps=3), *each_tap)
 
@@ -184,6 +188,7 @@ def batch_norm_relu_conv2d_backward_weight(
     pending_input: Tensor | None = None,
     coefficients: Tensor | None = None,
 ) -> Tensor:
+    """The op. A pending gradient is formed by PyTorch here; the composite op brings it formed."""
     size = sizes(
         input, conv_weight, stride, padding, dilation, groups,
         grad_output=grad_output, pending_input=pending_input,
@@ -191,8 +196,8 @@ def batch_norm_relu_conv2d_backward_weight(
     check_vectors(input, mean=mean, var=var, weight=weight, bias=bias)
     out_channels, group_in, *kernel = conv_weight.shape
     precision = float32_precision(input.dtype)
-    pending = None if pending_input is None else channels_last(pending_input)
-    source, grad = channels_last(input), channels_last(grad_output)
+    incoming = reference.formed_gradient(grad_output, pending_input, coefficients)
+    source, grad = channels_last(input), channels_last(incoming)
     rows = input.size(0) * size.out_height * size.out_width
     properties = devices.properties(input.device)
 
@@ -217,10 +222,12 @@ def batch_norm_relu_conv2d_backward_weight(
         splits = triton.cdiv(steps, steps_per_split)
         partial = mean.new_empty(splits, conv_weight.numel())
         run[(tiles, groups, splits)](
-            grad, pending, coefficients, source, mean, var, weight, bias, partial,
+            grad, source, mean, var, weight, bias, partial,
             rows, steps_per_split * config.block_k, *size, *stride, *padding, *dilation, eps,
             KERNEL_H=kernel[0], KERNEL_W=kernel[1], PADDED=max(padding) > 0,
-            PENDING=pending is not None, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
+            HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
+            SAME=max(stride) == 1 and size[:2] == size[4:6],
+            EVEN=size.group_out % config.block_m == 0 and group_in % config.block_n == 0,
             PRECISION=precision,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
             num_warps=config.warps, num_stages=config.stages,
@@ -228,9 +235,7 @@ def batch_norm_relu_conv2d_backward_weight(
         return partial
 
     by_rows = rows_apply(kernel, stride, padding, dilation) and precision != "ieee"
-    key = shape_class(
-        rows, size, kernel, stride, by_rows, pending is not None, input.dtype, precision
-    )
+    key = shape_class(rows, size, kernel, stride, by_rows, input.dtype, precision)
     choices = configs(size, by_rows, input.dtype, precision, properties.capability)
     op = "batch_norm_relu_conv2d_backward_weight"
     config = tuning.select(op, key, choices, launch, input.device)

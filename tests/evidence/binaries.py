@@ -25,7 +25,7 @@ GRID_LIMIT = (2**31 - 1, 65535, 65535)
 TENSOR_CORE = re.compile(r"U?[HQ]G?MMA|U?TC\w*MMA|OMMA")
 """Warp (HMMA), warp-group (HGMMA) and Blackwell's (UTCHMMA) matrix instructions."""
 
-_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)([^;]*);")
 _TARGET = re.compile(r"0x([0-9a-f]+)")
 _GLOBAL = re.compile(r"^(LDGSTS|LDG|STG)\b")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -41,6 +42,14 @@ class Convolution(NamedTuple):
         return f"{self.kernel}x{self.kernel} {self.channels}->{self.out_channels}"
 
 
+def parsed(text: str) -> Convolution:
+    """The convolution that ``str`` made ``text`` of."""
+    found = re.fullmatch(r"(\d+)x\d+ (\d+)->(\d+)", text)
+    assert found, text
+    kernel, channels, outs = map(int, found.groups())
+    return Convolution(kernel, channels, outs)
+
+
 # Tiles of each size that the channels of CIFAR's and ImageNet's networks lead to.
 WIDE = (Convolution(3, 64, 128), Convolution(1, 64, 128))
 NARROWER = (Convolution(3, 16, 16), Convolution(3, 32, 32), Convolution(1, 64, 16))
@@ -65,7 +74,7 @@ def streaming(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -
 
 
 def convolution(case: Convolution, dtype: torch.dtype) -> Calls:
-    """Forward with a residual, and both backward kernels with their gradient pending."""
+    """Forward with a residual, backward with a pending gradient that the first kernel forms."""
     kernel, channels, outs = case
     x, out = (meta(32, n, 28, 28, dtype=dtype) for n in (channels, outs))
     conv_weight = meta(outs, channels, kernel, kernel, dtype=dtype)
@@ -75,8 +84,10 @@ def convolution(case: Convolution, dtype: torch.dtype) -> Calls:
     pending = (out, torch.empty(4, outs, device="meta"))
     return {
         "forward": lambda: batch_norm_relu_conv2d(*prefix, None, out, *geometry),
-        "input": lambda: batch_norm_relu_conv2d_backward_input(out, *prefix, *geometry, *pending),
-        "weight": lambda: batch_norm_relu_conv2d_backward_weight(out, *prefix, *geometry, *pending),
+        "input": lambda: batch_norm_relu_conv2d_backward_input(
+            out, *prefix, *geometry, *pending, None, out
+        ),
+        "weight": lambda: batch_norm_relu_conv2d_backward_weight(out, *prefix, *geometry),
         "coefficients": lambda: batch_norm_backward_coefficients(
             x, vector, vector, vector, vector, vector, 1e-5
         ),

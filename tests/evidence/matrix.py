@@ -19,6 +19,7 @@ import torch
 from . import calls
 from .binaries import ARCHITECTURES, Binary, assert_sound, assert_widest, compile_launch
 from .launches import Launch, record
+from .limits import limits
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -77,7 +78,7 @@ def row(case: Case, launch: Launch, binary: Binary) -> dict[str, object]:
         maps = "channels_last" if maps else "contiguous"
     is_product = "BLOCK_M" in bound and case.precision != "ieee"
     loop = binary.main_loop if is_product else None
-    return {
+    line: dict[str, object] = {
         "arch": case.arch,
         "kernel": binary.name.removesuffix("_kernel"),
         "maps": maps,
@@ -97,6 +98,12 @@ def row(case: Case, launch: Launch, binary: Binary) -> dict[str, object]:
             f"{kind}.{8 * width}:{n}" for (kind, width), n in sorted(binary.global_accesses.items())
         ),
     }  # fmt: skip
+    found = limits(line) if loop else None
+    line["matrix_clocks"] = f"{found.matrix:.0f}" if found else ""
+    line["issue_clocks"] = f"{found.issue:.0f}" if found else ""
+    line["memory_clocks"] = f"{found.memory:.0f}" if found else ""
+    line["limit"] = found.by if found else ""
+    return line
 
 
 def _names(names: set[str]) -> str:

@@ -93,6 +93,7 @@ def sample(case: Case, dtype: torch.dtype, device: torch.device, affine: bool = 
 ROWS = Config(32, 16, 16, 4, 2, row_taps=3)
 ROW_CASES = {
     "3x3": CASES["3x3"],
+    "no idle column": Case((2, 32, 5, 6), 16, (3, 3), padding=(1, 1)),
     "dilated": Case((1, 9, 6, 7), 5, (2, 3), padding=(0, 2), dilation=(2, 2)),
     "stride down, groups": Case((2, 8, 7, 5), 4, (3, 3), (2, 1), (2, 1), (1, 1), 2),
     "narrower than a dilation": Case((3, 4, 5, 1), 3, (3, 3), padding=(1, 3), dilation=(1, 3)),
@@ -120,15 +121,22 @@ def compare(names: str, found, eager, exact, terms: float = 0.0) -> None:
         assert_as_good_as_eager(name, *parts, terms)
 
 
+def whole_kernels(case: Case) -> Config:
+    """A step of the sum takes all rows of the kernel."""
+    return ROWS._replace(kernel_rows=case.kernel[0])
+
+
 FORWARD = [
     *((SMALL, case, torch.float32, True) for case in CASES.values()),
     *((ROWS, case, torch.float32, True) for case in ROW_CASES.values()),
+    *((whole_kernels(case), case, torch.float32, True) for case in ROW_CASES.values()),
     *((config, CASES["3x3"], dtype, False) for config in (SMALL, ROWS) for dtype in DTYPES[1:]),
 ]
 # Whether the gradient is pending, and whether other users of the activation contribute.
 BACKWARD = [
     *((SMALL, c, torch.float32, i % 2 == 0, i % 3 == 0) for i, c in enumerate(CASES.values())),
     *((ROWS, c, torch.float32, i % 2 == 0, i < 2) for i, c in enumerate(ROW_CASES.values())),
+    *((whole_kernels(c), c, torch.float32, True, False) for c in ROW_CASES.values()),
     (SMALL, CASES["3x3"], torch.bfloat16, True, True),
     (SMALL, CASES["3x3"], torch.float16, False, False),
     (ROWS, CASES["3x3"], torch.bfloat16, False, True),

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(not interpreter.ACTIVE, reason="counted in the i
 MAPS = {
     "input_ptr", "other_ptr", "output_ptr", "grad_output_ptr", "grad_skip_ptr", "grad_input_ptr",
     "grad_ptr", "pending_ptr", "residual_ptr", "grad_activation_ptr", "grad_z_ptr",
+    "formed_ptr",
 }  # fmt: skip
 BATCH, CHANNELS, SIZE = 4, 32, 8
 UNITS: dict[str, Callable[[], torch.nn.Module]] = {
