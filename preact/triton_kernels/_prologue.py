@@ -280,7 +280,8 @@ def product_configs(
     if capability in WARP_GROUP:
         if capability in TENSOR_MEMORY:
             return (Config(128, block_n, min(block_k, rows_inner), 8, 2, row_taps=3), *each_tap)
-        return (Config(128, narrow, min(block_k, 32), 8, 2, 3, kernel_rows), *each_tap)
+        by_block = min(block_k, 32, rows_inner)
+        return (Config(128, narrow, by_block, 8, 2, 3, kernel_rows), *each_tap)
     return (Config(64, narrow, min(block_k, 32), 8, 3, row_taps=3), *each_tap)
 
 

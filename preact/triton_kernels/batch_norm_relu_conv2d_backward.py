@@ -36,7 +36,7 @@ def batch_norm_relu_conv2d_backward(
         size = sizes(input, conv_weight, stride, padding, dilation, groups)
         if covering_taps(size, conv_weight.shape[2:], stride, padding, dilation) is not None:
             formed = torch.empty_like(grad_output, memory_format=torch.channels_last)
-    grad_z, *sums = batch_norm_relu_conv2d_backward_input(
+    grad_z, sum_dz_x, sum_dz = batch_norm_relu_conv2d_backward_input(
         grad_output, *rest, *pending, grad_activation, formed
     )
     # Formed once, by the first kernel for the second: to form it for every tap there takes more
@@ -44,4 +44,4 @@ def batch_norm_relu_conv2d_backward(
     if formed is not None:
         grad_output, pending = formed, (None, None)
     grad_weight = batch_norm_relu_conv2d_backward_weight(grad_output, *rest, *pending)
-    return (grad_z, *sums, grad_weight)
+    return grad_z, sum_dz_x, sum_dz, grad_weight

@@ -246,7 +246,7 @@ def batch_norm_relu_conv2d_backward_input(
     capability = devices.properties(input.device).capability
     choices = product_configs(
         size.group_in, size.group_out, by_rows * kernel[0], input.dtype, precision, capability,
-        rows_inner=32,
+        rows_inner=64 // input.element_size(),
     )  # fmt: skip
     op = "batch_norm_relu_conv2d_backward_input"
     config = tuning.select(op, key, choices, launch, input.device)
