@@ -52,10 +52,19 @@ GPUS = {
 
 # Assumptions: shares of the data sheet's rates that a kernel reaches, and the seconds of a launch.
 MEMORY_SHARE, PRODUCT_SHARE, LAUNCH = 0.85, 0.6, 3e-6
-# How far our convolutions stand behind that: cycles of the matrix instruction for each cycle that
-# the instructions around it take to issue, 3x3 as benchmarks/results/binaries.csv counts them.
-ISSUE_SHARE = {80: (1.0, 1.0, 0.9), 90: (0.8, 0.65, 0.3), 100: (0.4, 0.35, 0.15)}
-"""By compute capability: forward, backward to the input, to the weight; 1 where not named."""
+# How far our convolutions stand behind that: clocks of the matrix unit for each that the main loop
+# takes to issue, at most 1; the worse of 3x3 64->64 and 64->128 in bfloat16, each with the better of
+# its tiles, as benchmarks/results/binaries.csv counts them.
+ISSUE_SHARE = {
+    (80, True): (1.0, 1.0, 1.0, 1.0),
+    (80, False): (0.65, 1.0, 0.55, 0.45),
+    (90, True): (1.0, 1.0, 0.8, 0.85),
+    (90, False): (0.35, 0.8, 0.35, 0.2),
+    (100, True): (0.55, 0.55, 0.4, 0.2),
+    (100, False): (0.2, 0.35, 0.15, 0.1),
+}
+"""By compute capability and whether a tile serves the taps of a row: forward, backward to the
+input, to the weight, to the input with a pending gradient; 1 where not named."""
 
 
 class Kernel(NamedTuple):
@@ -70,6 +79,8 @@ class Kernel(NamedTuple):
     """Elements of the convolution's weight, read or written once."""
     own: int = -1
     """Which of our convolutions it is, an index into ``ISSUE_SHARE``; -1 for any other kernel."""
+    by_rows: bool = False
+    """Whether a tile of ours serves the taps of a row."""
 
     @property
     def passes(self) -> int:
@@ -89,7 +100,8 @@ class Kernel(NamedTuple):
     def seconds(self, gpu: Gpu, itemsize: int, tf32: bool = True) -> float:
         """Predicted, by the module's model."""
         rate = gpu.half if itemsize == 2 else gpu.tf32 if tf32 else gpu.float32
-        share = ISSUE_SHARE.get(gpu.capability, (1.0,) * 3)[self.own] if self.own >= 0 else 1.0
+        shares = ISSUE_SHARE.get((gpu.capability, self.by_rows), (1.0,) * 4)
+        share = shares[self.own] if self.own >= 0 else 1.0
         moving = self.bytes(itemsize) / (gpu.bandwidth * MEMORY_SHARE)
         return max(moving, self.operations / (rate * PRODUCT_SHARE * share)) + LAUNCH
 
@@ -101,6 +113,8 @@ class Layer(NamedTuple):
     output: int
     weights: int
     products: int
+    by_rows: bool = False
+    """Whether it is three taps wide with stride 1, as our kernels by rows take it."""
 
 
 def layer(
@@ -119,7 +133,8 @@ def layer(
     )
     output = batch * outs * pixels
     products = output * group_in * math.prod(kernel)
-    return Layer(math.prod(input_shape), output, math.prod(weight_shape), products)
+    by_rows = kernel[-1] == 3 and stride[-1] == 1
+    return Layer(math.prod(input_shape), output, math.prod(weight_shape), products, by_rows)
 
 
 def library_forward(layer: Layer, statistics: bool = True, adds: bool = False) -> list[Kernel]:
@@ -141,7 +156,7 @@ def own_forward(layer: Layer, adds: bool = False, separate_add: bool = False) ->
     x, y = layer.input, layer.output
     reads = (x, y) if adds and not separate_add else (x,)
     name = "batch_norm_relu_conv2d"
-    found = [Kernel(name, reads, (y,), layer.products, layer.weights, own=0)]
+    found = [Kernel(name, reads, (y,), layer.products, layer.weights, 0, layer.by_rows)]
     if adds and separate_add:
         found.append(Kernel("identity_add", (y, y), (y,)))
     return found
@@ -171,9 +186,10 @@ def own_backward(
     x, y = layer.input, layer.output
     reads, writes = ((y, y, x), (x, y)) if pending else ((y, x), (x,))
     name = "batch_norm_relu_conv2d_backward"
+    products = (layer.products, layer.weights)
     found = [
-        Kernel(f"{name}_input", reads, writes, layer.products, layer.weights, own=1),
-        Kernel(f"{name}_weight", (y, x), (), layer.products, layer.weights, own=2),
+        Kernel(f"{name}_input", reads, writes, *products, 3 if pending else 1, layer.by_rows),
+        Kernel(f"{name}_weight", (y, x), (), *products, 2, layer.by_rows),
     ]
     return found if leaves else [*found, apply(layer.input, skip)]
 

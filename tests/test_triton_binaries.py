@@ -1,7 +1,7 @@
 """Every kernel on every architecture, every configuration, every type: what the code is.
 
-A covering part of ``python -m tests.evidence.matrix``, whose table of one architecture of each kind
-is committed as ``benchmarks/results/binaries.csv``.
+A covering part of ``python -m tests.evidence.matrix``, whose table is committed as
+``benchmarks/results/binaries.csv``.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import torch
 
 pytest.importorskip("triton")
 
+from preact import costs
 from preact.triton_kernels.batch_norm_stats import batch_norm_stats
 
-from .evidence import calls, interpreter
+from .evidence import calls, interpreter, launches, matrix
 from .evidence.binaries import ARCHITECTURES, SHARED_LIMIT, assert_widest, compile_launch
 from .evidence.launches import record
+from .evidence.limits import PRODUCTS, limits, products_of
 from .evidence.matrix import Case, check, every_case
 
 pytestmark = pytest.mark.skipif(
@@ -84,7 +86,7 @@ def test_the_committed_table_is_whole_and_shows_no_spill() -> None:
         rows = list(csv.DictReader(stream))
     found = {(int(row["arch"]), row["maps"], row["dtype"]) for row in rows}
     architectures = sorted({arch for arch, _, _ in found})
-    assert set(architectures) >= {80, 90, 100}
+    assert architectures == sorted(ARCHITECTURES)
     for case in every_case(architectures):
         maps = case.of
         if isinstance(maps, bool):
@@ -95,6 +97,77 @@ def test_the_committed_table_is_whole_and_shows_no_spill() -> None:
         assert int(row["shared_bytes"]) <= SHARED_LIMIT[int(row["arch"])] * 1024, row
         if "conv2d" in row["kernel"] and row["product"] != "ieee":
             assert float(row["instructions_per_tensor_core"]) > 0, row
+            assert row["limit"] == limits(row).by, row
+
+
+def test_what_limits_each_convolution_by_count() -> None:
+    """Matrix unit or memory, not issuing, but where the cost model knows it and asks the library.
+
+    Of 3x3 layers these are the kernels by rows, which run first; those by tap serve strides.
+    """
+    with TABLE.open(newline="", encoding="utf-8") as stream:
+        rows = [row for row in csv.DictReader(stream) if row["limit"]]
+    assert {int(row["arch"]) for row in rows} == set(ARCHITECTURES)
+    for row in rows:
+        by_rows = row["kernel"].endswith("_rows")
+        if (by_rows or row["maps"].startswith("1x1")) and row["limit"] == "issue":
+            share = costs.ISSUE_SHARE[int(row["arch"]), True][share_of(row)]
+            assert share < 1, f"the cost model takes {row} for limited by multiplying"
+            print({name: row[name] for name in ("arch", "kernel", "maps", "block", "limit")})
+
+
+def share_of(row: dict[str, str]) -> int:
+    """Place of a row's kernel in the cost model's shares; backward to the input is pending."""
+    return 3 if "input" in row["kernel"] else 2 if "weight" in row["kernel"] else 0
+
+
+def test_the_cost_model_counts_what_the_table_shows() -> None:
+    with TABLE.open(newline="", encoding="utf-8") as stream:
+        rows = [row for row in csv.DictReader(stream) if row["limit"]]
+    best: dict[tuple[int, bool, int, str], float] = {}
+    for row in rows:
+        if row["dtype"] == "bfloat16" and row["maps"] in ("3x3 64->64", "3x3 64->128"):
+            key = (int(row["arch"]), row["kernel"].endswith("_rows"), share_of(row), row["maps"])
+            found = limits(row)
+            best[key] = max(best.get(key, 0.0), min(found.matrix / found.issue, 1.0))
+    assert {arch for arch, *_ in best} == set(ARCHITECTURES)
+    for (arch, by_rows, index, maps), share in best.items():
+        other = min(share, best[arch, by_rows, index, "3x3 64->64"])
+        least = min(other, best[arch, by_rows, index, "3x3 64->128"])
+        taken = costs.ISSUE_SHARE.get((arch, by_rows), (1.0,) * 4)[index]
+        assert taken == pytest.approx(least, abs=0.06), f"sm_{arch} {by_rows} {index} {maps}"
+
+
+@pytest.mark.parametrize(
+    ("instruction", "block", "warps", "clocks"),
+    [
+        ("HMMA.16816.F32.BF16", (64, 64), 8, 16 * 8 * 16 * 8 / 1024),
+        ("HGMMA.64x128x16.F32.BF16", (128, 128), 8, 2 * 128 / 2),
+        ("UTCHMMA", (128, 64), 8, 32),
+    ],
+)
+def test_clocks_of_a_matrix_instruction(instruction, block, warps, clocks) -> None:
+    """At the peak rate of sm_80, 90 and 100; twice as long for TF32, which is half as deep."""
+    arch = {"HM": 80, "HG": 90, "UT": 100}[instruction[:2]]
+    products = products_of(instruction, *block, warps, tf32=False)
+    assert products / PRODUCTS[arch] == clocks
+
+
+def test_a_formed_gradient_needs_few_instructions() -> None:
+    """Backward to the input without a pending gradient, which the table has with one."""
+    out = launches.meta(32, 128, 28, 28, dtype=torch.bfloat16)
+    weight = launches.meta(128, 128, 3, 3, dtype=torch.bfloat16)
+    vector = torch.empty(128, device="meta")
+    geometry = ((1, 1), (1, 1), (1, 1), 1)
+    for arch in (90, 100):
+        with calls.launched_for(arch):
+            (launch, *_) = record(
+                lambda: calls.batch_norm_relu_conv2d_backward_input(
+                    out, out, *(vector,) * 4, 1e-5, weight, *geometry
+                )
+            )
+        of = Case(arch, "input", calls.Convolution(3, 128, 128), torch.bfloat16)
+        assert limits(matrix.row(of, launch, check(of, launch))).by != "issue"
 
 
 @pytest.mark.parametrize("op", STREAMING)

@@ -266,7 +266,8 @@ def product_configs(
     if dtype == torch.float32:
         block_n, block_k = min(block_n, 64), min(block_k, 32)
         if precision == "ieee":
-            return (Config(64, min(block_n, 32), 16, 4, 2),)
+            # ptxas spills 8 bytes of 64 rows on sm_120.
+            return (Config(32 if capability == 120 else 64, min(block_n, 32), 16, 4, 2),)
     stages = 2 if capability in LITTLE_SHARED else 3
     # Where the result lies in tensor memory, more warps have more registers for the prologue.
     few = 8 if capability in TENSOR_MEMORY else 4
@@ -274,6 +275,12 @@ def product_configs(
         Config(128, block_n, block_k, few if block_n <= 32 else 8, stages),
         Config(64, block_n, block_k, few, stages),
     )
+    if capability in LITTLE_SHARED and block_n > 64:
+        # ptxas spills some bytes of the wide tile with many rows, or with few warps, on sm_120.
+        each_tap = (
+            Config(64, block_n, block_k, 8, stages),
+            Config(128, 64, block_k, 8, stages),
+        )
     if not kernel_rows:
         return each_tap
     narrow = min(block_n, 64)
@@ -282,7 +289,8 @@ def product_configs(
             return (Config(128, block_n, min(block_k, rows_inner), 8, 2, row_taps=3), *each_tap)
         by_block = min(block_k, 32, rows_inner)
         return (Config(128, narrow, by_block, 8, 2, 3, kernel_rows), *each_tap)
-    return (Config(64, narrow, min(block_k, 32), 8, 3, row_taps=3), *each_tap)
+    warps = 4 if narrow == 32 else 8  # in eight ptxas spills 8 bytes of it on sm_80
+    return (Config(64, narrow, min(block_k, 32), warps, 3, row_taps=3), *each_tap)
 
 
 def float32_precision(dtype: torch.dtype) -> str:

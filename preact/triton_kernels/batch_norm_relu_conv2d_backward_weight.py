@@ -158,7 +158,9 @@ def configs(
         if precision == "ieee":
             return (Config(min(block_m, 32), min(block_n, 32), 16, 4, 2),)
     narrow = min(block_n, 64)
-    stages = 2 if capability in LITTLE_SHARED else 3
+    stages = 3
+    if capability in LITTLE_SHARED:
+        block_m, stages = min(block_m, 64), 2
     each_tap = (
         Config(block_m, block_n, block_k, 4 if block_m * block_n <= 4096 else 8, stages),
         Config(min(block_m, 64), narrow, block_k, 4, stages),
@@ -167,7 +169,9 @@ def configs(
         return each_tap
     if capability in WARP_GROUP:
         columns = block_n if capability in TENSOR_MEMORY else narrow
-        return (Config(block_m, columns, block_k, 8, 2, row_taps=3), *each_tap)
+        # A warp group multiplies 64 rows: a second one would share its columns, not its overhead.
+        warps = 4 if block_m == 64 and columns == 64 else 8
+        return (Config(block_m, columns, block_k, warps, 2, row_taps=3), *each_tap)
     block_k = 16 if dtype == torch.float32 else 32
     return (Config(min(block_m, 64), narrow, block_k, 8, 2, row_taps=3), *each_tap)
 
