@@ -200,7 +200,7 @@ def _succeeded(results: Sequence[Sequence[Row]]) -> bool:
 @click.option("--list", "list_only", is_flag=True, help="Show what can be measured, and stop.")
 @click.option("--quick", is_flag=True, help="About a minute: preresnet20, float32, no compile.")
 @click.option("--networks", type=_Choices(NETWORKS), help="Names with commas, or all.")
-@click.option("--providers", type=_Choices(PROVIDERS), help="Eager always runs.  [all]")
+@click.option("--providers", type=_Choices(PROVIDERS), help="Eager always runs.  [all but folded]")
 @click.option(
     "--dtypes", type=_Choices(DTYPES), help="bfloat16 is autocast.  [those the device has]"
 )
@@ -283,7 +283,9 @@ def compare(
         minutes = 0.0 if quick or networks else MINUTES
     if layouts is None:
         layouts = ["channels_last"] if target.type == "cpu" else list(LAYOUTS)
-    names = providers or [n for n, p in PROVIDERS.items() if not (quick and p.compiles)]
+    names = providers or [
+        n for n, p in PROVIDERS.items() if not (p.asked_only or (quick and p.compiles))
+    ]
     settings = Settings(
         target, [PROVIDERS[n] for n in names], layouts, rounds, seconds, batch_size, seed
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -45,12 +45,14 @@ class Provider:
             "inference").
         ours: a failure of this provider makes the benchmark's exit status non-zero.
         compiles: the first call compiles, so its time is shown.
+        asked_only: runs only where it is named.
     """
 
     name: str
     prepare: Callable[[nn.Module, Network, str], Prepared]
     ours: bool = False
     compiles: bool = False
+    asked_only: bool = False
 
 
 def _eager_context(network: Network) -> Callable[[], AbstractContextManager[object]]:
@@ -97,11 +99,22 @@ def _preact(model: nn.Module, network: Network, mode: str) -> Prepared:
     return Prepared(model, model, note=note)
 
 
+def _folded(model: nn.Module, network: Network, mode: str) -> Prepared:
+    """As ``_preact``, in inference with batch norms folded into the convolutions before them."""
+    import preact
+
+    prepared = _preact(model, network, mode)
+    if mode != "inference":
+        return prepared
+    return replace(prepared, note=f"{len(preact.fold_(model))} folded, {prepared.note}")
+
+
 PROVIDERS: dict[str, Provider] = {
     provider.name: provider
     for provider in (
         Provider(BASELINE, _eager),
         Provider("compile", _compile, compiles=True),
         Provider("preact", _preact, ours=True),
+        Provider("folded", _folded, ours=True, asked_only=True),
     )
 }

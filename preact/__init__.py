@@ -10,7 +10,7 @@
 
 from . import functional, models, ops
 from .backends import use_backend
-from .fuse import FusionReport, fuse_, unfuse_
+from .fuse import FusionReport, fold_, fuse_, unfold_, unfuse_
 from .modules import (
     BatchNormReLU2d,
     BatchNormReLUConv2d,
@@ -33,10 +33,12 @@ __all__ = [
     "PreActBottleneck",
     "SyncBatchNormReLU2d",
     "convert_sync_batchnorm",
+    "fold_",
     "functional",
     "fuse_",
     "models",
     "ops",
+    "unfold_",
     "unfuse_",
     "use_backend",
     "use_plan",

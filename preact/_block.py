@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as _module_globals
 
+from ._folding import find_folds, insert_folds
 from ._matching import match
 from ._rewriting import rewrite, to_function
 from ._shadow import KEY, MISSING, TracingError, original_class, same
@@ -52,6 +53,8 @@ class Plan:
         self.fused = fused
         """The batch norms that the code fuses, and as what."""
         self.checks, self.sizes, self.hooks = guards
+        self.folded: list[nn.Module] = []
+        """The batch norms that are part of the convolution before them."""
 
     def holds(self) -> bool:
         """Whether everything the traced forward depended on is as it was."""
@@ -131,8 +134,8 @@ class Analysis:
         if str(other.graph) != str(self.trace.graph):
             raise TracingError("it depends on whether gradients or autocast are on")
 
-    def plan(self, save_activation: bool) -> Plan:
-        """Compiles the rewritten graph; to be called once."""
+    def plan(self, save_activation: bool, folds: bool = False) -> Plan:
+        """Compiles the rewritten graph; to be called once. ``folds``: with batch norms folded."""
         if not self.is_useful or not self.matches.groups():
             return Plan(self.signature, None, {}, self.trace.guards())
         self._check_modes()
@@ -142,10 +145,15 @@ class Analysis:
                 module = self.trace.module(prefix.norm)
                 assert module is not None
                 fused[module] = kind
+        folded = find_folds(self.trace, self.matches) if folds else []
+        norms = [self.trace.module(fold.norm) for fold in folded]
         guards = self.trace.guards()
+        insert_folds(self.trace.graph, folded)
         rewrite(self.trace.graph, self.matches, save_activation)
         run = to_function(self.trace.graph, original_class(self.block).__name__)
-        return Plan(self.signature, run, fused, guards)
+        plan = Plan(self.signature, run, fused, guards)
+        plan.folded = [module for module in norms if module is not None]
+        return plan
 
 
 class BlockState:
@@ -154,15 +162,17 @@ class BlockState:
     Copies and pickles carry the options alone; the copy makes its own plans.
     """
 
-    def __init__(self, save_activation: bool, closed: frozenset[str]) -> None:
+    def __init__(self, save_activation: bool, closed: frozenset[str], folds: bool = False) -> None:
         self.save_activation = save_activation
         self.closed = closed
+        self.folds = folds
+        """Whether plans for evaluation fold batch norms into the convolutions before them."""
         self.owner: nn.Module | None = None
         self.plans: list[Plan] = []
         self.misses = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return BlockState, (self.save_activation, self.closed)
+        return BlockState, (self.save_activation, self.closed, self.folds)
 
     def build(
         self, block: nn.Module, signature: Signature, training: bool | None = None
@@ -172,7 +182,7 @@ class BlockState:
         analysis: Analysis | None = None
         try:
             analysis = Analysis(block, signature, self.closed, training)
-            plan, reason = analysis.plan(self.save_activation), ""
+            plan, reason = analysis.plan(self.save_activation, self.folds), ""
         except TracingError as error:
             plan, reason = Plan(signature, None, {}, error.guards), str(error)
         self.plans.insert(0, plan)
@@ -197,7 +207,7 @@ def _select(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if torch.compiler.is_compiling() or None in kinds or None in dict(named).values():
         return None
     if state.owner not in (None, block):  # copy.copy shares the original's state
-        state = BlockState(state.save_activation, state.closed)
+        state = BlockState(state.save_activation, state.closed, state.folds)
         block.__dict__[KEY] = state
     state.misses += 1
     if state.misses > _FREE_BUILDS and state.misses & (state.misses - 1):

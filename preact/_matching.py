@@ -145,7 +145,7 @@ def _conv_reason(module: nn.Module | None) -> str | None:
     return None if module.padding_mode == "zeros" else "padding_mode"
 
 
-class _Matcher:
+class Matcher:
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
         self.order = {node: i for i, node in enumerate(trace.graph.nodes)}
@@ -369,4 +369,4 @@ class _Matcher:
 
 def match(trace: Trace) -> Matches:
     """What can be fused in ``trace``, whose guards it completes."""
-    return _Matcher(trace).run()
+    return Matcher(trace).run()

@@ -53,8 +53,8 @@ GPUS = {
 # Assumptions: shares of the data sheet's rates that a kernel reaches, and the seconds of a launch.
 MEMORY_SHARE, PRODUCT_SHARE, LAUNCH = 0.85, 0.6, 3e-6
 # How far our convolutions stand behind that: clocks of the matrix unit for each that the main loop
-# takes to issue, at most 1; the worse of 3x3 64->64 and 64->128 in bfloat16, each with the better of
-# its tiles, as benchmarks/results/binaries.csv counts them.
+# takes to issue, at most 1. The worse of 3x3 64->64 and 64->128 in bfloat16, each with the better
+# of its tiles, as benchmarks/results/binaries.csv counts them.
 ISSUE_SHARE = {
     (80, True): (1.0, 1.0, 1.0, 1.0),
     (80, False): (0.65, 1.0, 0.55, 0.45),

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from . import backends, choice, plans
 from ._block import BlockState, FusedBlock, Plan, become, fused_class
+from ._folded import forget
 from ._matching import is_norm, norm_reason
 from ._shadow import KEY, original_class
 from ._symbols import Signature
@@ -261,6 +262,42 @@ def fuse_(
     fuser = _Fuser(model, filter_fn, save_activation)
     fuser.visit(model)
     return fuser.report()
+
+
+def fold_(model: nn.Module) -> list[str]:
+    """Fold batch norms of a fused model into the convolutions before them, for inference.
+
+    Acts in the blocks that ``fuse_`` fused: where a batch norm is all that reads a convolution's
+    result, evaluation with gradients off runs one convolution with scaled weights, on a CPU with
+    the ReLU in it. Units and dense blocks that run as one function keep their norms, whose kernels
+    apply them without a pass. Parameters, buffers and ``state_dict`` stay as they are; training,
+    and evaluation with gradients, run unfolded. The folded weights are made at the first call, and
+    again after a change that PyTorch's version counters see: writes to ``tensor.data`` in place
+    they do not see, so call ``unfold_`` and ``fold_`` after those. torch.compile does not fold.
+
+    Returns the names of the batch norms folded. ``unfold_`` undoes it, ``unfuse_`` too.
+    """
+    return _set_folds(model, True)
+
+
+def unfold_(model: _Model) -> _Model:
+    """Undo ``fold_``. Returns ``model``."""
+    _set_folds(model, False)
+    return model
+
+
+def _set_folds(model: nn.Module, folds: bool) -> list[str]:
+    fuser = _Fuser(model, None, False)
+    folded: set[nn.Module] = set()
+    for block in model.modules():
+        if isinstance(block, FusedBlock):
+            old = block.__dict__[KEY]  # which a shallow copy of the block may share
+            state = BlockState(old.save_activation, old.closed, folds)
+            block.__dict__[KEY] = state
+            for plan in fuser.plans(block, state)[0]:
+                folded.update(plan.folded)
+    forget(model)
+    return [names[0] for module, names in fuser.names.items() if module in folded]
 
 
 def unfuse_(model: _Model) -> _Model:
