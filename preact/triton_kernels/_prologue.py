@@ -271,7 +271,7 @@ def product_configs(
     stages = 2 if capability in LITTLE_SHARED else 3
     # Where the result lies in tensor memory, more warps have more registers for the prologue.
     few = 8 if capability in TENSOR_MEMORY else 4
-    each_tap = (
+    each_tap: tuple[Config, ...] = (
         Config(128, block_n, block_k, few if block_n <= 32 else 8, stages),
         Config(64, block_n, block_k, few, stages),
     )
