@@ -281,7 +281,7 @@ def product_configs(
             Config(64, block_n, block_k, 8, stages),
             Config(128, 64, block_k, 8, stages),
         )
-    if capability == 86 and dtype == torch.float32:
+    if capability in (86, 89) and dtype == torch.float32:
         each_tap = each_tap[1:]  # 8 bytes of the larger tile are spilled there
     if not kernel_rows:
         return each_tap
