@@ -65,7 +65,8 @@ inline void check_accumulated(const Tensor& tensor, const Tensor& like, const ch
   for (int64_t dim = 0; same && dim < like.dim(); ++dim) {
     same = tensor.size(dim) == like.size(dim);
   }
-  STD_TORCH_CHECK(same, name, " must have the shape and accumulation type of the map it belongs to");
+  STD_TORCH_CHECK(same, name,
+                  " must have the shape and accumulation type of the map it belongs to");
 }
 
 // What goes into the forward beside input and weight, which are of one type.
