@@ -9,6 +9,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import click
 
+from .breakdown import breakdown
 from .compare import compare
 from .memory_step import memory
 from .race import race
@@ -41,6 +42,7 @@ main.add_command(study)
 main.add_command(race)
 main.add_command(memory)
 main.add_command(traffic)
+main.add_command(breakdown)
 
 if __name__ == "__main__":
     main(prog_name="python -m benchmarks")
