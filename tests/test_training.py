@@ -76,10 +76,9 @@ def test_three_steps_agree_in_float64(name, layout):
 
 def test_three_steps_in_float32_are_as_near_to_float64_as_eagers():
     """An element whose z rounds to the other side of zero changes a gradient by a whole term, in
-    about every second run, in eager as in preact. What is compared is the quarter of runs that
-    this spared most: their distance is rounding alone, and whatever is wrong shows in all runs."""
+    about every second run, in eager as in preact: the median of many runs is compared."""
     distances: dict[str, list[list[float]]] = {"reference": [], "cpp": []}
-    for seed in range(11):
+    for seed in range(40):
         torch.manual_seed(seed)
         eager, fused, batches = network("preresnet20", torch.channels_last)
         exact = three_steps(copy.deepcopy(eager).double(), batches, "reference")
@@ -93,8 +92,8 @@ def test_three_steps_in_float32_are_as_near_to_float64_as_eagers():
             strict=True,
         )
     ):
-        allowed = EAGER_FACTOR * statistics.quantiles(eagers)[0] + 1e-6
-        assert statistics.quantiles(ours)[0] <= allowed, (part, ours, eagers)
+        allowed = EAGER_FACTOR * statistics.median(eagers) + 1e-6
+        assert statistics.median(ours) <= allowed, (part, ours, eagers)
 
 
 def test_three_steps_of_densenet_in_float32():
