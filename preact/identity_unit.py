@@ -88,7 +88,7 @@ def settings_for(
     save = torch.is_grad_enabled()
     training = save and input.requires_grad
     found: list[Geometry] = []
-    for (norm, conv), geometry in zip(layers, geometries, strict=True):
+    for index, ((norm, conv), geometry) in enumerate(zip(layers, geometries, strict=True)):
         assert geometry is not None
         wanted = {
             parameter.requires_grad
@@ -97,7 +97,8 @@ def settings_for(
         }
         if conv.bias is not None or (save and wanted != {training}):
             return None
-        works = ["forward with statistics" if norm.training else "forward"]
+        alone = "forward with residual" if index + 1 == len(layers) else "forward"
+        works = ["forward with statistics" if norm.training else alone]
         works += ["backward"] if training else []
         # The layers' inputs are of one type, layout and extent, those of the unit's.
         shape = (input.size(0), conv.weight.size(1) * conv.groups, *input.shape[2:])

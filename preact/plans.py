@@ -92,9 +92,10 @@ def fuses_convolution(
 ) -> bool:
     """Whether ``weight`` convolves the BN-ReLU of ``input`` in a kernel of our own.
 
-    ``work`` is "forward", "forward with statistics" of the result, or "backward"; each is chosen by
-    itself, as none needs what another leaves. "dense block" asks for all of it: such a block takes
-    no convolution of the library's. ``dtype`` is the type that ``weight`` is yet to be cast to.
+    ``work`` is "forward", "forward with residual", "forward with statistics" of the result (and a
+    residual or none), or "backward"; each is chosen by itself, as none needs what another leaves.
+    "dense block" asks for all of it: such a block takes no convolution of the library's. ``dtype``
+    is the type that ``weight`` is yet to be cast to.
     """
     dtype = weight.dtype if dtype is None else dtype
     prefix = (input, weight, geometry, work)
@@ -150,6 +151,8 @@ def _decide_on_cpu(input: Tensor, weight: Tensor, geometry: Geometry, work: str,
 
 
 def _problem(input: Tensor, weight: Tensor, geometry: Geometry, work: str) -> trials.Problem:
+    if work == "forward with residual":  # no trial adds one
+        work = "forward"
     return trials.Problem(
         work, tuple(input.shape), tuple(weight.shape), *geometry, str(input.dtype)[6:],
         memory_format_of(input) == torch.channels_last, input.device.type, input.device.index,

@@ -107,7 +107,9 @@ def prefix_convolutions(
     vectors = (norm.mean, norm.var, norm.weight, norm.bias)
     for index, (weight, bias, geometry) in enumerate(convs):
         added = residual if index == 0 else None
-        work = "forward with statistics" if norm.batch_stats else "forward"
+        work = "forward" if added is None else "forward with residual"
+        if norm.batch_stats:
+            work = "forward with statistics"
         found_here: list[Tensor] = []
         if plans.fuses_convolution(backend, input, weight, geometry, work):
             inside = added if plans.adds_in_epilogue() else None
