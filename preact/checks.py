@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .arguments import Conv, Norm, Statistics
 from .reference import accumulate_dtype
 
 if TYPE_CHECKING:
-    from .functional import Conv, Norm, Statistics
     from .plans import Geometry
 
 _VECTORS = ("running_mean", "running_var", "weight", "bias")

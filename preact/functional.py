@@ -10,41 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import autograd, backends, checks, choice, identity_unit
+from .arguments import Conv as Conv
+from .arguments import Norm as Norm
+from .arguments import Statistics as Statistics
 from .checks import geometry_of as geometry_of
 from .checks import output_shape as output_shape
-
-Statistics = tuple[Tensor, Tensor]
-"""``(mean, var)`` of one feature map: biased variance, float32 (float64 for float64), ``[C]``."""
-
-
-class Norm(NamedTuple):
-    """Arguments of one batch norm, as in ``torch.nn.functional.batch_norm``; tensors ``[C]``."""
-
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    training: bool = False
-    momentum: float = 0.1
-    eps: float = 1e-5
-
-
-class Conv(NamedTuple):
-    """Arguments of one convolution, as in ``torch.nn.functional.conv2d``."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-    stride: int | tuple[int, ...] = 1
-    padding: int | tuple[int, ...] | str = 0
-    dilation: int | tuple[int, ...] = 1
-    groups: int = 1
 
 
 def parameters_of(conv: Conv) -> tuple[Tensor, Tensor | None]:

@@ -8,22 +8,20 @@ through Python is a tenth of a training step, and a third of one in bfloat16.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backends, plans, tuning
+from .arguments import Conv, Norm, Statistics
 from .autograd import eager_unit
 from .plans import Geometry
 from .prefix import differentiable_backward
 from .reference import memory_format_of
 from .reference_unit import TENSORS
 
-if TYPE_CHECKING:
-    from .functional import Conv, Norm, Statistics
-
-    Layers = Sequence[tuple[Norm, Conv]]
+Layers = Sequence[tuple[Norm, Conv]]
 
 
 class Settings(NamedTuple):

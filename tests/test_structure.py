@@ -16,7 +16,7 @@ from preact.backends import cpp
 PACKAGE = Path(preact.__file__).parent
 # Lower layers first: a module may import its own layer and those before it.
 LAYERS = [
-    {"reference", "reference_unit", "costs", "accuracy", "device"},
+    {"arguments", "reference", "reference_unit", "costs", "accuracy", "device"},
     {"tuning"},
     {"triton_kernels"},
     {"ops"},
