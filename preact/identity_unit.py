@@ -2,7 +2,7 @@
 
 What ``autograd.ResidualUnit`` does op by op in Python, for the units of which networks are mostly
 made: no projection, no bias, every convolution fused. Between kernels of a millisecond the way
-through Python is a tenth of a training step, and a third of one in bfloat16.
+through Python counts: float32 steps are 1.03 to 1.05 times faster without it.
 """
 
 from __future__ import annotations

@@ -108,6 +108,15 @@ def test_running_statistics(dtype):
         torch.testing.assert_close(ours, theirs)
 
 
+def test_running_statistics_at_momentum_1():
+    """The first batch of a cumulative average: a small variance replaces the initial 1 whole."""
+    running = [torch.zeros(3), torch.ones(3)]
+    batch = [torch.randn(3) * 1e-6, torch.rand(3) * 1e-9]
+    OPS.update_running_stats(running, batch, [1.0], 9)
+    torch.testing.assert_close(running[0], batch[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(running[1], batch[1] * 9 / 8, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

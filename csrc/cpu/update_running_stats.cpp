@@ -5,13 +5,14 @@
 namespace preact::cpu {
 namespace {
 
-// running += momentum * (scale * batch - running)
+// running = momentum * scale * batch + (1 - momentum) * running: as a sum, so that with a momentum
+// of 1 nothing of a larger old value is left in what a small new one rounds to.
 template <typename T>
 void update(const Tensor& running, const Tensor& batch, double momentum, double scale) {
   T* const to = static_cast<T*>(running.mutable_data_ptr());
   const T* const from = static_cast<const T*>(batch.const_data_ptr());
-  const T rate = static_cast<T>(momentum), factor = static_cast<T>(scale);
-  for (int64_t c = 0; c < running.size(0); ++c) to[c] += rate * (factor * from[c] - to[c]);
+  const T added = static_cast<T>(momentum * scale), kept = static_cast<T>(1.0 - momentum);
+  for (int64_t c = 0; c < running.size(0); ++c) to[c] = added * from[c] + kept * to[c];
 }
 
 void update_vector(Tensor& running, const Tensor& batch, double momentum, double scale) {
