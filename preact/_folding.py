@@ -9,10 +9,19 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from ._folded import folded_conv2d
-from ._matching import BATCH_NORM_RELU, PREFIX, SHARED_PREFIX, Matcher, Matches, norm_reason
+from ._matching import (
+    BATCH_NORM_RELU,
+    POOLED,
+    POOLED_PREFIX,
+    PREFIX,
+    SHARED_PREFIX,
+    Matcher,
+    Matches,
+    norm_reason,
+)
 from ._tracing import Trace, is_hooked
 
-_SINGLE = (BATCH_NORM_RELU, PREFIX, SHARED_PREFIX)
+_SINGLE = (BATCH_NORM_RELU, PREFIX, SHARED_PREFIX, POOLED, POOLED_PREFIX)
 
 
 class Fold(NamedTuple):

@@ -2,9 +2,10 @@
 
 The pattern is ``batch_norm -> relu -> (identity | inactive dropout)* -> conv2d``. Where the
 activation has other users than convolutions, batch norm and ReLU alone are fused and the
-activation stays available. Where a chain of prefixes ends in an addition of the chain's input, or
-of a convolution of its first activation, the whole residual unit is fused; where layers of two
-prefixes read all features before them, and these are concatenated, the whole dense block is.
+activation stays available. A pooling that alone reads the activation is fused with it, and so is a
+mean behind a pointwise convolution. Where a chain of prefixes ends in an addition of the chain's
+input, or of a convolution of its first activation, the whole residual unit is fused; where layers
+of two prefixes read all features before them, and these are concatenated, the whole dense block is.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ from torch.fx import Node
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from ._dense_block import DenseBlock, find_dense_block
+from ._pooling import PoolCall, pool_behind
 from ._shadow import original_class
 from ._tracing import Trace, is_hooked
 
 BATCH_NORM_RELU = "batch_norm_relu"
 PREFIX = "batch_norm_relu_conv2d"
 SHARED_PREFIX = "batch_norm_relu_convs2d"
+POOLED = "batch_norm_relu_pool2d"
+POOLED_PREFIX = "batch_norm_relu_conv2d_pool2d"
 UNIT = "residual_unit"
 DENSE_BLOCK = "dense_block"
 
@@ -53,6 +57,8 @@ class Prefix:
     between: list[Node] = field(default_factory=list)
     """The same between ReLU and convolutions, in graph order; empty without convolutions."""
     convs: list[Node] = field(default_factory=list)
+    pool: PoolCall | None = None
+    """What alone reads the activation, or the one convolution of it."""
 
     @property
     def input(self) -> Node:
@@ -61,10 +67,13 @@ class Prefix:
     @property
     def nodes(self) -> list[Node]:
         relu = [] if self.activation is self.norm else [self.activation]
-        return [self.norm, *self.inside, *relu, *self.between, *self.convs]
+        pool = [] if self.pool is None else [self.pool.node]
+        return [self.norm, *self.inside, *relu, *self.between, *self.convs, *pool]
 
     @property
     def kind(self) -> str:
+        if self.pool is not None:
+            return POOLED_PREFIX if self.convs else POOLED
         return (BATCH_NORM_RELU, PREFIX, SHARED_PREFIX)[min(len(self.convs), 2)]
 
 
@@ -217,7 +226,7 @@ class Matcher:
             self.trace.watch_module(drop)
             self.trace.watch_module(act)
             if type(act) is nn.ReLU:
-                return self.with_convs(Prefix(norm, norm))
+                return self.with_readers(Prefix(norm, norm))
         relu = norm
         inside: list[Node] = []
         while not inside or self.is_transparent(relu):
@@ -230,7 +239,13 @@ class Matcher:
         relu_module = self.module(relu)
         if relu_module is not None and is_hooked(relu_module):
             return "a hook is registered on its ReLU"
-        return self.with_convs(Prefix(norm, relu, inside[:-1]))
+        return self.with_readers(Prefix(norm, relu, inside[:-1]))
+
+    def with_readers(self, prefix: Prefix) -> Prefix:
+        """Adds the convolutions, and a pooling behind what there is then."""
+        prefix = self.with_convs(prefix)
+        prefix.pool = pool_behind(self.trace, prefix.activation, prefix.convs)
+        return prefix
 
     def with_convs(self, prefix: Prefix) -> Prefix:
         """Adds the convolutions, if the activation feeds nothing else."""

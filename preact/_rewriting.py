@@ -31,7 +31,11 @@ def _reference(graph: Graph, call: Node) -> Node:
 def _insert_prefix(graph: Graph, prefix: Prefix, options: dict[str, Any]) -> None:
     with graph.inserting_before(prefix.norm):
         norm = _reference(graph, prefix.norm)
-        if not prefix.convs:
+        if prefix.pool is not None:
+            convs = [_reference(graph, conv) for conv in prefix.convs]
+            whole = (prefix.input, norm, convs, prefix.pool.windows)
+            results = {prefix.pool.node: graph.call_function(modules.fused_pooled_prefix, whole)}
+        elif not prefix.convs:
             fused = graph.call_function(modules.fused_batch_norm_relu, (norm, prefix.input))
             results = {prefix.activation: fused}
         else:

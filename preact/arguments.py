@@ -31,3 +31,12 @@ class Conv(NamedTuple):
     padding: int | tuple[int, ...] | str = 0
     dilation: int | tuple[int, ...] = 1
     groups: int = 1
+
+
+class Pool(NamedTuple):
+    """Windows of a pooling and what is taken of them: the mean, without padding, or the maximum."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    average: bool

@@ -68,7 +68,7 @@ def backend_for(
     return choice.choose(partial(function, input, *arguments, **options), types)
 
 
-def _statistics(
+def statistics_of(
     backend: str, input: Tensor, norm: Norm, statistics: Statistics | None
 ) -> Statistics:
     if not norm.training:
@@ -122,7 +122,7 @@ def _eager_norm(input: Tensor, norm: Norm) -> Tensor:
     return F.relu(F.batch_norm(input, *norm))
 
 
-def _eager_conv(input: Tensor, conv: Conv) -> Tensor:
+def eager_conv(input: Tensor, conv: Conv) -> Tensor:
     weight, bias, stride, padding, dilation, groups = conv
     return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
@@ -156,7 +156,7 @@ def batch_norm_relu(
     backend = backend_for(input, [norm], (), batch_norm_relu, *norm, statistics=statistics)
     if backend == "reference":
         return _eager_norm(input, norm)
-    mean, var = _statistics(backend, input, norm, statistics)
+    mean, var = statistics_of(backend, input, norm, statistics)
     output: Tensor = autograd.BatchNormReLU.apply(
         backend, input, mean, var, weight, bias, eps, training
     )
@@ -197,11 +197,11 @@ def batch_norm_relu_convs2d(
         )  # fmt: skip
     if backend == "reference" or None in geometries:
         activation = _eager_norm(input, norm)
-        outputs = [_eager_conv(activation, conv) for conv in convs]
+        outputs = [eager_conv(activation, conv) for conv in convs]
         if residual is not None:
             outputs[0] = outputs[0] + residual
         return tuple(outputs), None
-    mean, var = _statistics(backend, input, norm, statistics)
+    mean, var = statistics_of(backend, input, norm, statistics)
     fused = residual is not None and checks.same_kind(
         residual,
         output_shape(input.shape, convs[0], geometries[0]),
@@ -302,7 +302,7 @@ def residual_unit(
         key = identity_unit.key_of(input, layers)
         prepared = identity_unit.known(key)
         if prepared is not None:  # the same call was checked before
-            first = _statistics("cpp", input, layers[0][0], statistics)
+            first = statistics_of("cpp", input, layers[0][0], statistics)
             return identity_unit.run(input, layers, prepared, first, return_statistics)
     checks.check_norm(input, layers[0][0])
     checks.check_statistics(input, statistics)
@@ -326,7 +326,7 @@ def residual_unit(
     if shortcut != shapes[-1]:
         return _unit_of_prefixes(*whole), None
 
-    first = _statistics(backend, input, layers[0][0], statistics)
+    first = statistics_of(backend, input, layers[0][0], statistics)
     if key is not None and backend == "cpp":
         prepared = identity_unit.settings_for(key, input, layers, geometries)
         if prepared is not None:

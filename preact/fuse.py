@@ -39,6 +39,8 @@ class FusionReport:
     ``fused`` entries give the kind as reason: ``batch_norm_relu`` (batch norm and ReLU, the
     activation being used elsewhere too), ``batch_norm_relu_conv2d`` (with the convolution),
     ``batch_norm_relu_convs2d`` (with all the convolutions that share the activation),
+    ``batch_norm_relu_pool2d`` and ``batch_norm_relu_conv2d_pool2d`` (with a pooling that reads the
+    activation, or as a mean a pointwise convolution of it),
     ``residual_unit`` (with the whole unit, its addition included), ``dense_block`` (with a whole
     dense block, its concatenations included), or ``already: ...``.
     """

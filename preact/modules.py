@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import dense, functional
+from . import dense, functional, pooled
+from .arguments import Pool
 from .functional import Conv, Norm, Statistics
 from .synchronised import is_synchronised, synchronised_norm
 
@@ -80,6 +81,20 @@ def fused_prefix(
 ) -> tuple[Tensor, ...]:
     """``conv(relu(bn(input)))`` for each of ``convs``, ``residual`` added to the first."""
     return linked_prefix(input, bn, convs, residual, save_activation)[0]
+
+
+def fused_pooled_prefix(
+    input: Tensor,
+    bn: BatchNorm,
+    convs: Sequence[nn.Conv2d],
+    pool: tuple[tuple[int, int], tuple[int, int], tuple[int, int], bool],
+) -> Tensor:
+    """``pool(relu(bn(input)))``, with a pointwise convolution of ``convs`` before a mean."""
+    norm = _norm_of(bn, input)
+    conv = _conv_of(convs[0]) if convs else None
+    output = pooled.batch_norm_relu_pool2d(input, norm, Pool(*pool), conv)
+    _count_batch(bn)
+    return output
 
 
 def linked_prefix(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference, reference_unit
+from . import reference, reference_pool, reference_unit
 
 _NORM = "Tensor mean, Tensor var, Tensor? weight, Tensor? bias"
 _CONV = "int[2] stride, int[2] padding, int[2] dilation, int groups"
@@ -73,6 +73,17 @@ COMPOSED: dict[str, str] = {
     ),
     "update_running_stats": (
         "(Tensor(a!)[] running, Tensor[] batch, float[] momenta, int count) -> ()"
+    ),
+}
+
+_POOL = "int[2] kernel, int[2] stride, int[2] padding, bool average"
+
+# Of the native backend alone as well.
+POOLED: dict[str, str] = {
+    "batch_norm_relu_pool2d": (f"(Tensor input, {_NORM}, float eps, {_POOL}) -> (Tensor, Tensor)"),
+    "batch_norm_relu_pool2d_backward": (
+        f"(Tensor grad_output, Tensor positions, Tensor input, {_NORM}, float eps,"
+        f" bool batch_stats, {_POOL}) -> (Tensor, Tensor, Tensor)"
     ),
 }
 
@@ -209,10 +220,12 @@ def define(
 
 _library = define("preact", lambda name: getattr(reference, name), _PARTLY_NATIVE)
 
-for _name, _schema in COMPOSED.items():
-    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name, getattr(reference_unit, _name), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"preact::{_name}", getattr(reference_unit, _name), lib=_library)
+for _schemas, _formulas in ((COMPOSED, reference_unit), (POOLED, reference_pool)):
+    for _name, _schema in _schemas.items():
+        _formula = getattr(_formulas, _name)
+        _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(_name, _formula, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"preact::{_name}", _formula, lib=_library)
 
 
 def allows_tf32() -> bool:

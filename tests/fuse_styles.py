@@ -18,6 +18,8 @@ C = 8
 BN_RELU = "batch_norm_relu"
 PREFIX = "batch_norm_relu_conv2d"
 SHARED = "batch_norm_relu_convs2d"
+POOLED = "batch_norm_relu_pool2d"
+POOLED_PREFIX = "batch_norm_relu_conv2d_pool2d"
 UNIT = "residual_unit"
 
 
@@ -363,8 +365,20 @@ MATCHED: dict[str, Style] = {
         lambda: nn.Sequential(nn.BatchNorm2d(C), nn.ReLU(True), conv3(), nn.AvgPool2d(2)), (PREFIX,)
     ),
     "norm_relu_pool": Style(
-        lambda: nn.Sequential(nn.BatchNorm2d(C), nn.ReLU(True), nn.MaxPool2d(2), conv3()),
-        (BN_RELU,),
+        lambda: nn.Sequential(nn.BatchNorm2d(C), nn.ReLU(True), nn.MaxPool2d(2), conv3()), (POOLED,)
+    ),
+    "norm_relu_conv1_mean": Style(
+        lambda: nn.Sequential(
+            nn.BatchNorm2d(C), nn.ReLU(True), nn.Conv2d(C, 4, 1), nn.AvgPool2d(2)
+        ),
+        (POOLED_PREFIX,),
+    ),
+    "padded_mean": Style(
+        lambda: nn.Sequential(nn.BatchNorm2d(C), nn.ReLU(), nn.AvgPool2d(3, 2, 1)), (BN_RELU,)
+    ),
+    "norm_relu_conv1_maximum": Style(
+        lambda: nn.Sequential(nn.BatchNorm2d(C), nn.ReLU(), nn.Conv2d(C, 4, 1), nn.MaxPool2d(2)),
+        (PREFIX,),
     ),
     "sequential_args": Style(CallsDenseLayer, (PREFIX,)),
     "post_activation": Style(PostActivation, (PREFIX,), "followed by add"),

@@ -81,7 +81,8 @@ class TestModelsOfOthers:
     def test_densenet121(self) -> None:
         report = preact.fuse_(torchvision.models.densenet121())
         assert report.counts == {
-            "batch_norm_relu": 2, "batch_norm_relu_conv2d": 3, "dense_block": 116, "skipped": 0
+            "batch_norm_relu": 1, "batch_norm_relu_pool2d": 1, "batch_norm_relu_conv2d_pool2d": 3,
+            "dense_block": 116, "skipped": 0
         }  # fmt: skip
 
     def test_densenet(self) -> None:
@@ -98,7 +99,9 @@ class TestModelsOfOthers:
         plain = torchvision.models.resnet50().eval()
         model = copy.deepcopy(plain)
         report = preact.fuse_(model)
-        assert report.counts == {"batch_norm_relu": 1, "batch_norm_relu_conv2d": 32, "skipped": 20}
+        assert report.counts == {
+            "batch_norm_relu_pool2d": 1, "batch_norm_relu_conv2d": 32, "skipped": 20
+        }  # fmt: skip
         assert {entry.name.split(".")[-1] for entry in report.skipped} == {"bn3", "1"}
         with torch.no_grad():
             x = torch.randn(1, 3, 32, 32)

@@ -16,7 +16,7 @@ from preact.backends import cpp
 PACKAGE = Path(preact.__file__).parent
 # Lower layers first: a module may import its own layer and those before it.
 LAYERS = [
-    {"arguments", "reference", "reference_unit", "costs", "accuracy", "device"},
+    {"arguments", "reference", "reference_unit", "reference_pool", "costs", "accuracy", "device"},
     {"tuning"},
     {"triton_kernels"},
     {"ops"},
@@ -28,7 +28,7 @@ LAYERS = [
     {"identity_unit"},
     {"choice"},
     {"checks", "functional"},
-    {"synchronised", "dense"},
+    {"synchronised", "dense", "pooled"},
     {"modules"},
     {"models", "fuse"},
     {"environment", "__init__"},

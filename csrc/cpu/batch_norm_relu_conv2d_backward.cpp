@@ -55,7 +55,7 @@ void direct(DirectBackward task, const Tensor& grad_output, const Tensor& input,
            sum_dz_x.data() + chunk * channels, sums + chunk * size);
     }
   });
-  write_norm_gradients(sum_dz, sum_dz_x, chunks.count, affine, found);
+  write_norm_gradients(sum_dz, sum_dz_x, chunks.count, affine, found.grad_weight, found.grad_bias);
   unpack_weight_gradient(sums, chunks.count, weight_strides(found.grad_conv_weight), blocks,
                          mutable_data<float>(found.grad_conv_weight));
 }

@@ -64,7 +64,7 @@ void tiled_backward(const Tensor& grad_output, const Tensor& input, const Affine
     amx::batch_norm_relu_conv2d_backward_tiles(task, chunks, begin, end, sum_dz.data(),
                                                sum_dz_x.data(), sums);
   });
-  write_norm_gradients(sum_dz, sum_dz_x, chunks.count, affine, found);
+  write_norm_gradients(sum_dz, sum_dz_x, chunks.count, affine, found.grad_weight, found.grad_bias);
   unpack_weight_sums(sums, chunks.count, weight_strides(found.grad_conv_weight), blocks,
                      mutable_data<BFloat16>(found.grad_conv_weight));
 #else

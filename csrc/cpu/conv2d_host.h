@@ -53,21 +53,4 @@ struct ConvGradients {
   Tensor grad_z, grad_weight, grad_bias, grad_conv_weight;
 };
 
-// Adds up the chunks' sums [chunks][C] of dz and dz * (x - mean), in order, into the batch norm's
-// gradients.
-inline void write_norm_gradients(const std::vector<double>& sum_dz,
-                                 const std::vector<double>& sum_dz_x, int64_t chunks,
-                                 const Affine<float>& affine, const ConvGradients& found) {
-  const auto channels = static_cast<int64_t>(affine.invstd.size());
-  for (int64_t c = 0; c < channels; ++c) {
-    double dz = 0, dz_x = 0;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      dz += sum_dz[chunk * channels + c];
-      dz_x += sum_dz_x[chunk * channels + c];
-    }
-    mutable_data<float>(found.grad_bias)[c] = static_cast<float>(dz);
-    mutable_data<float>(found.grad_weight)[c] = static_cast<float>(dz_x * affine.invstd[c]);
-  }
-}
-
 }  // namespace preact::cpu

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <vector>
 
@@ -16,6 +17,7 @@
 #include "cpu/conv2d_bfloat16.h"
 #include "cpu/conv2d_winograd.h"
 #include "cpu/element.h"
+#include "cpu/pool2d.h"
 
 #if PREACT_X86
 #include <immintrin.h>

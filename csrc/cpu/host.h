@@ -94,6 +94,24 @@ struct Partials {
       : first(chunks.count * map.channels), second(chunks.count * map.channels) {}
 };
 
+// Adds up the chunks' sums [chunks][C] of dz and dz * (x - mean), in order, into the batch norm's
+// gradients.
+template <typename A>
+void write_norm_gradients(const std::vector<double>& sum_dz, const std::vector<double>& sum_dz_x,
+                          int64_t chunks, const Affine<A>& affine, const Tensor& grad_weight,
+                          const Tensor& grad_bias) {
+  const auto channels = static_cast<int64_t>(affine.invstd.size());
+  for (int64_t c = 0; c < channels; ++c) {
+    double dz = 0, dz_x = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      dz += sum_dz[chunk * channels + c];
+      dz_x += sum_dz_x[chunk * channels + c];
+    }
+    mutable_data<A>(grad_bias)[c] = static_cast<A>(dz);
+    mutable_data<A>(grad_weight)[c] = static_cast<A>(dz_x * affine.invstd[c]);
+  }
+}
+
 // Joins the chunks' moments, in chunk order, into mean and biased variance vectors.
 template <typename A>
 void write_statistics(Partials& partials, const FeatureMap& map, const Chunks& chunks,

@@ -1,0 +1,222 @@
+#include "cpu/batch_norm_relu_kernel.h"
+
+using cpu::PoolShape;
+
+// Values per channel summed in the element's own accumulation type before they join the double sum.
+constexpr int64_t kPoolSumPixels = 512;
+
+// A byte for each lane of a vector.
+using FloatBytes = uint8_t __attribute__((vector_size(PREACT_VECTOR_BYTES / 4)));
+using DoubleBytes = uint8_t __attribute__((vector_size(PREACT_VECTOR_BYTES / 8)));
+
+// Positions in a window as numbers of the type they are compared in. Bytes become words in two
+// steps: compilers take one at a time lane by lane.
+template <typename P>
+struct Positions {
+  using Words = int32_t __attribute__((vector_size(PREACT_VECTOR_BYTES)));
+
+  static PREACT_INLINE typename P::reg load(const uint8_t* from) {
+    if constexpr (std::is_same_v<typename P::reg, DoubleVector>) {
+      DoubleBytes bytes;
+      std::memcpy(&bytes, from, sizeof bytes);
+      return __builtin_convertvector(bytes, DoubleVector);
+    } else {
+      FloatBytes bytes;
+      std::memcpy(&bytes, from, sizeof bytes);
+      const auto words =
+          __builtin_convertvector(__builtin_convertvector(bytes, HalfwordVector), Words);
+      return __builtin_convertvector(words, FloatVector);
+    }
+  }
+  static PREACT_INLINE void store(uint8_t* to, typename P::reg value) {
+    if constexpr (std::is_same_v<typename P::reg, DoubleVector>) {
+      const DoubleBytes bytes = __builtin_convertvector(value, DoubleBytes);
+      std::memcpy(to, &bytes, sizeof bytes);
+    } else {
+      const Words words = __builtin_convertvector(value, Words);
+      const auto bytes =
+          __builtin_convertvector(__builtin_convertvector(words, HalfwordVector), FloatBytes);
+      std::memcpy(to, &bytes, sizeof bytes);
+    }
+  }
+};
+template <typename A>
+struct Positions<Single<A>> {
+  static PREACT_INLINE A load(const uint8_t* from) { return static_cast<A>(*from); }
+  static PREACT_INLINE void store(uint8_t* to, A value) { *to = static_cast<uint8_t>(value); }
+};
+
+// A pixel of a window, or a window that reads a pixel: where it lies in its map, and the pixel's
+// position in the window.
+struct PoolTap {
+  int64_t offset;
+  int position;
+};
+
+template <typename P, bool MAXIMUM, typename T, typename A>
+PREACT_INLINE void pool_channels(const cpu::PoolForward<T, A>& task,
+                                 const std::vector<PoolTap>& taps, int64_t output, int64_t& c) {
+  const ChannelAffine<A> affine{task.mean, task.scale, task.bias};
+  for (; c + P::lanes <= task.shape.channels; c += P::lanes) {
+    const auto regs = affine.template get<P, AlongChannels>(c);
+    auto best = P::broadcast(MAXIMUM ? -std::numeric_limits<A>::infinity() : A(0));
+    auto position = P::broadcast(A(cpu::kNowhere));
+    for (const PoolTap& tap : taps) {
+      const auto z = regs.z(P::load(task.input + tap.offset + c) - regs.mean);
+      if constexpr (MAXIMUM) {
+        const auto larger = (z > best) | (z != z);
+        best = larger ? z : best;
+        position = larger ? P::broadcast(static_cast<A>(tap.position)) : position;
+      } else {
+        best += where_active(z, z);
+      }
+    }
+    if constexpr (MAXIMUM) {
+      P::store(task.output + output + c, where_active(best, best));
+      Positions<P>::store(task.positions + output + c,
+                          best <= typename P::reg{} ? P::broadcast(A(cpu::kNowhere)) : position);
+    } else {
+      P::store(task.output + output + c, best * P::broadcast(task.shape.template share<A>()));
+    }
+  }
+}
+
+// Rows [begin, end) of all images' results.
+template <typename T>
+void batch_norm_relu_pool2d_part(const cpu::PoolForward<T, accumulate_t<T>>& task, int64_t begin,
+                                 int64_t end) {
+  using A = accumulate_t<T>;
+  const PoolShape& s = task.shape;
+  std::vector<PoolTap> taps;
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t image = row / s.out_h * s.in_h, top = row % s.out_h * s.stride_h - s.padding_h;
+    for (int64_t ox = 0; ox < s.out_w; ++ox) {
+      const int64_t left = ox * s.stride_w - s.padding_w;
+      const int64_t x_end = std::min(left + s.kernel_w, s.in_w);
+      taps.clear();
+      for (int64_t y = std::max<int64_t>(top, 0); y < std::min(top + s.kernel_h, s.in_h); ++y) {
+        for (int64_t x = std::max<int64_t>(left, 0); x < x_end; ++x) {
+          taps.push_back({((image + y) * s.in_w + x) * s.channels,
+                          static_cast<int>((y - top) * s.kernel_w + x - left)});
+        }
+      }
+      const int64_t output = (row * s.out_w + ox) * s.channels;
+      int64_t c = 0;
+      if (task.positions) {
+        pool_channels<Pack<A>, true>(task, taps, output, c);
+        pool_channels<Single<A>, true>(task, taps, output, c);
+      } else {
+        pool_channels<Pack<A>, false>(task, taps, output, c);
+        pool_channels<Single<A>, false>(task, taps, output, c);
+      }
+    }
+  }
+}
+
+// Gradient of the batch norm's result at channels c and on, from the windows that read the pixel.
+template <typename P, bool MAXIMUM, typename T, typename A>
+PREACT_INLINE typename P::reg pooled_dz(const cpu::PoolBackward<T, A>& task,
+                                        const std::vector<PoolTap>& readers, typename P::reg z,
+                                        int64_t c) {
+  typename P::reg sum{};
+  for (const PoolTap& reader : readers) {
+    const auto gradient = P::load(task.grad_output + reader.offset + c);
+    if constexpr (MAXIMUM) {
+      const auto position = Positions<P>::load(task.positions + reader.offset + c);
+      const auto chosen = position == P::broadcast(static_cast<A>(reader.position));
+      sum += chosen ? gradient : typename P::reg{};
+    } else {
+      sum += gradient;
+    }
+  }
+  return MAXIMUM ? sum : where_active(z, sum * P::broadcast(task.shape.template share<A>()));
+}
+
+// One pixel: adds to the sums, or where APPLY writes the gradient of the input.
+template <typename P, bool MAXIMUM, bool APPLY, typename T, typename A>
+PREACT_INLINE void pool_backward_channels(const cpu::PoolBackward<T, A>& task,
+                                          const std::vector<PoolTap>& readers, int64_t pixel,
+                                          A* sum_dz, A* sum_dz_x, int64_t& c) {
+  const int64_t channels = task.shape.channels;
+  const ChannelAffine<A> affine{task.mean, task.scale, task.bias};
+  for (; c + P::lanes <= channels; c += P::lanes) {
+    const auto regs = affine.template get<P, AlongChannels>(c);
+    const auto centred = P::load(task.input + pixel * channels + c) - regs.mean;
+    const auto dz = pooled_dz<P, MAXIMUM>(task, readers, regs.z(centred), c);
+    if constexpr (APPLY) {
+      const auto rest = madd(P::load(task.slope + c), centred, P::load(task.offset + c));
+      P::store(task.grad_input + pixel * channels + c, madd(regs.scale, dz, rest));
+    } else {
+      P::store(sum_dz + c, P::load(sum_dz + c) + dz);
+      P::store(sum_dz_x + c, madd(dz, centred, P::load(sum_dz_x + c)));
+    }
+  }
+}
+
+// Windows [first, last) of one dimension that read position `at` of the padded map.
+struct PoolReaders {
+  int64_t first, last;
+
+  static PoolReaders of(int64_t at, int64_t kernel, int64_t stride, int64_t windows) {
+    return {at < kernel ? 0 : (at - kernel) / stride + 1, std::min(at / stride + 1, windows)};
+  }
+};
+
+template <bool MAXIMUM, bool APPLY, typename T, typename A>
+void pool_backward_pixels(const cpu::PoolBackward<T, A>& task, int64_t begin, int64_t end,
+                          A* sum_dz, A* sum_dz_x) {
+  const PoolShape& s = task.shape;
+  std::vector<PoolReaders> columns;
+  for (int64_t x = 0; x < s.in_w; ++x) {
+    columns.push_back(PoolReaders::of(x + s.padding_w, s.kernel_w, s.stride_w, s.out_w));
+  }
+  std::vector<PoolTap> readers;
+  for (int64_t pixel = begin; pixel < end;) {
+    const int64_t row = pixel / s.in_w, image = row / s.in_h * s.out_h;
+    const int64_t y = row % s.in_h + s.padding_h;
+    const PoolReaders rows = PoolReaders::of(y, s.kernel_h, s.stride_h, s.out_h);
+    for (int64_t x = pixel % s.in_w; x < s.in_w && pixel < end; ++x, ++pixel) {
+      readers.clear();
+      for (int64_t oy = rows.first; oy < rows.last; ++oy) {
+        for (int64_t ox = columns[x].first; ox < columns[x].last; ++ox) {
+          const int64_t left = ox * s.stride_w - s.padding_w;
+          readers.push_back({((image + oy) * s.out_w + ox) * s.channels,
+                             static_cast<int>((y - oy * s.stride_h) * s.kernel_w + x - left)});
+        }
+      }
+      int64_t c = 0;
+      pool_backward_channels<Pack<A>, MAXIMUM, APPLY>(task, readers, pixel, sum_dz, sum_dz_x, c);
+      pool_backward_channels<Single<A>, MAXIMUM, APPLY>(task, readers, pixel, sum_dz, sum_dz_x, c);
+    }
+  }
+}
+
+// Sums of dz and dz * (x - mean) over pixels [begin, end) of all images.
+template <typename T>
+void batch_norm_relu_pool2d_reduce(const cpu::PoolBackward<T, accumulate_t<T>>& task, int64_t begin,
+                                   int64_t end, double* sum_dz, double* sum_dz_x) {
+  using A = accumulate_t<T>;
+  const int64_t channels = task.shape.channels;
+  std::vector<A> sums(2 * channels);
+  std::fill_n(sum_dz, channels, 0.0);
+  std::fill_n(sum_dz_x, channels, 0.0);
+  for (int64_t pixel = begin; pixel < end; pixel += kPoolSumPixels) {
+    std::fill(sums.begin(), sums.end(), A(0));
+    const int64_t last = std::min(pixel + kPoolSumPixels, end);
+    (task.positions ? &pool_backward_pixels<true, false, T, A>
+                    : &pool_backward_pixels<false, false, T, A>)(task, pixel, last, sums.data(),
+                                                                 sums.data() + channels);
+    for (int64_t c = 0; c < channels; ++c) {
+      sum_dz[c] += sums[c];
+      sum_dz_x[c] += sums[channels + c];
+    }
+  }
+}
+
+template <typename T>
+void batch_norm_relu_pool2d_apply(const cpu::PoolBackward<T, accumulate_t<T>>& task, int64_t begin,
+                                  int64_t end) {
+  using A = accumulate_t<T>;
+  (task.positions ? &pool_backward_pixels<true, true, T, A>
+                  : &pool_backward_pixels<false, true, T, A>)(task, begin, end, nullptr, nullptr);
+}
