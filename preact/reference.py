@@ -193,9 +193,10 @@ def batch_norm_relu_conv2d_into(
 ) -> tuple[Tensor, Tensor]:
     """``batch_norm_relu_conv2d`` written into ``output``; its mean and variance ``[O]``.
 
-    ``input`` and ``output`` may be some channels of wider maps.
+    ``input`` and ``output`` may be some channels of wider maps. ``conv_weight`` is rounded to the
+    type of ``output``.
     """
-    prefix = (input, mean, var, weight, bias, eps, conv_weight)
+    prefix = (input, mean, var, weight, bias, eps, conv_weight.to(output.dtype))
     found, *statistics = batch_norm_relu_conv2d(
         *prefix, None, None, stride, padding, dilation, groups
     )
@@ -326,11 +327,14 @@ def batch_norm_relu_conv2d_backward(
 
     ``grad_activation``, like ``input``, is what other users of the activation contribute to its
     gradient. ``grad_output`` may be pending, as in ``batch_norm_relu_conv2d_backward_input``.
+    ``conv_weight`` may be wider than the convolution's result, as parameters are under autocast: it
+    is rounded to that type, and its gradient is of its own.
     """
     grad_output = formed_gradient(grad_output, pending_input, coefficients)
-    activation = batch_norm_relu(input, mean, var, weight, bias, eps).to(conv_weight.dtype)
+    activation = batch_norm_relu(input, mean, var, weight, bias, eps).to(grad_output.dtype)
+    used = conv_weight.to(grad_output.dtype)
     gradient, grad_conv_weight, _ = torch.ops.aten.convolution_backward.default(
-        grad_output, activation, conv_weight, None, stride, padding, dilation, False, [0, 0],
+        grad_output, activation, used, None, stride, padding, dilation, False, [0, 0],
         groups, [True, True, False],
     )  # fmt: skip
     if grad_activation is not None:
@@ -338,7 +342,8 @@ def batch_norm_relu_conv2d_backward(
     _, z, _ = _centred_and_z(input, mean, var, weight, bias, eps)
     grad_z = preserve_layout(torch.where(z > 0, gradient.to(z.dtype), 0).to(input.dtype), input)
     sums = batch_norm_relu_backward_reduce(grad_z, input, mean, var, weight, bias, eps)
-    return (grad_z, *sums, preserve_layout(grad_conv_weight, conv_weight))
+    grad_conv_weight = preserve_layout(grad_conv_weight.to(conv_weight.dtype), conv_weight)
+    return (grad_z, *sums, grad_conv_weight)
 
 
 def batch_norm_relu_conv2d_backward_add(

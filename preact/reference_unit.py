@@ -76,7 +76,7 @@ def residual_unit_backward(
         assert conv is not None
         x = inputs[index]
         grad_z, grad_weight, grad_bias, grad_conv = reference.batch_norm_relu_conv2d_backward(
-            grad, x, mean, var, weight, bias, eps[index], conv.to(x.dtype), None,
+            grad, x, mean, var, weight, bias, eps[index], conv, None,
             *_geometry(geometries[NUMBERS * index : NUMBERS * (index + 1)]), *pending,
         )  # fmt: skip
         sums: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -95,7 +95,7 @@ def residual_unit_backward(
         gradients[:0] = [
             grad_weight if weight is None else grad_weight.to(weight.dtype),
             grad_bias if bias is None else grad_bias.to(bias.dtype),
-            grad_conv.to(conv.dtype),
+            grad_conv,
         ]
     return [grad, *gradients]
 

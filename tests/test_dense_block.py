@@ -45,13 +45,14 @@ SLICES = [
 NAMES = ("output", "mean", "var", "grad_input", "a", "b", "c")
 
 
-def run_on_slices(table, given, dtype):
+def run_on_slices(table, given, dtype, weight_dtype):
     """Both ops, writing between the channels of maps filled with one number."""
     t = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in given.items()}
     accumulate = reference.accumulate_dtype(dtype)
     for name in ("coefficients", "grad_skip"):
         t[name] = given[name].to(accumulate)
-    prefix = (t["x"][:, t["read"]], *t["vectors_of"](dtype), 1e-5, t["conv_weight"])
+    conv_weight = given["conv_weight"].to(weight_dtype)
+    prefix = (t["x"][:, t["read"]], *t["vectors_of"](dtype), 1e-5, conv_weight)
     geometry = ([1, 1], [t["padding"]] * 2, [1, 1], 1)
     output, grad_input = t["output"].clone(), t["grad_skip"].clone()
     written, read = t["written"], t["read"]
@@ -69,9 +70,18 @@ def run_on_slices(table, given, dtype):
     return dict(zip((*NAMES, "grad_z", "d", "e", "f"), results, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+TYPES = {
+    "float32": (torch.float32, torch.float32),
+    "bfloat16": (torch.bfloat16, torch.bfloat16),
+    "autocast": (torch.bfloat16, torch.float32),
+}
+"""Of the maps and of the weights."""
+
+
+@pytest.mark.parametrize("types", list(TYPES))
 @pytest.mark.parametrize("case", SLICES, ids=str)
-def test_ops_on_some_channels_of_wider_maps(case, dtype):
+def test_ops_on_some_channels_of_wider_maps(case, types):
+    dtype, weight_dtype = TYPES[types]
     width, first, channels, out_channels, kernel, size = case
     x = (channels_last(3, width, *size) * 2 + 1).to(dtype).float()
     read = slice(first, first + channels)
@@ -94,9 +104,10 @@ def test_ops_on_some_channels_of_wider_maps(case, dtype):
         "coefficients": torch.randn(4, out_channels),
         "grad_skip": channels_last(3, width, *size).to(dtype).float(), **maps,
     }  # fmt: skip
-    found = run_on_slices(OPS, given, dtype)
-    eager = run_on_slices(reference, given, dtype)
-    exact = run_on_slices(reference, given, torch.float64)
+    found = run_on_slices(OPS, given, dtype, weight_dtype)
+    eager = run_on_slices(reference, given, dtype, weight_dtype)
+    exact = run_on_slices(reference, given, torch.float64, torch.float64)
+    assert found["c"].dtype == found["f"].dtype == weight_dtype
     for name, result in found.items():
         assert_as_good_as_eager(name, result, eager[name], exact[name], magnitude(exact[name]))
     beside = [channel for channel in range(width) if channel not in range(width)[read]]

@@ -43,6 +43,10 @@ inline OptionalTensor dense(const OptionalTensor& tensor, MemoryFormat format) {
   return tensor ? OptionalTensor(dense(*tensor, format)) : std::nullopt;
 }
 
+inline Tensor as_type(const Tensor& tensor, ScalarType type) {
+  return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
+}
+
 inline FeatureMap feature_map(const Tensor& input, MemoryFormat format) {
   STD_TORCH_CHECK(input.dim() >= 2, "input must have at least 2 dimensions [N, C, ...], got ",
                   input.dim());

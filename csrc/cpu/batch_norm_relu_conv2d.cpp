@@ -68,7 +68,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_conv2d(
   const bool tiled = is_tiled(input, conv_weight, shape, groups);
   if (!tiled && !is_direct(input, conv_weight, shape, groups)) {
     return run_reference<3>("preact::batch_norm_relu_conv2d", input, mean, var, weight, bias, eps,
-                            conv_weight, conv_bias, residual, stride, padding, dilation, groups);
+                            as_type(conv_weight, input.scalar_type()), conv_bias, residual, stride,
+                            padding, dilation, groups);
   }
   check_conv2d_forward(input, shape, conv_bias, residual);
   const Affine<float> affine(input, mean, var, weight, bias, eps);
@@ -79,6 +80,20 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_conv2d(
   const auto [output_mean, output_var] = (tiled ? &tiled_forward : &direct)(
       input, affine, conv_weight, its_bias, added, shape, output);
   return {output, output_mean, output_var};
+}
+
+// The op: as above, in the type of conv_weight.
+std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_conv2d_op(
+    const Tensor& input, const Tensor& mean, const Tensor& var, const OptionalTensor& weight,
+    const OptionalTensor& bias, double eps, const Tensor& conv_weight,
+    const OptionalTensor& conv_bias, const OptionalTensor& residual, Pair stride, Pair padding,
+    Pair dilation, int64_t groups) {
+  if (conv_weight.scalar_type() != input.scalar_type()) {
+    return run_reference<3>("preact::batch_norm_relu_conv2d", input, mean, var, weight, bias, eps,
+                            conv_weight, conv_bias, residual, stride, padding, dilation, groups);
+  }
+  return batch_norm_relu_conv2d(input, mean, var, weight, bias, eps, conv_weight, conv_bias,
+                                residual, stride, padding, dilation, groups);
 }
 
 // The same, written into some channels of a wider map, whose statistics are returned.
@@ -102,6 +117,6 @@ std::tuple<Tensor, Tensor> batch_norm_relu_conv2d_into(
 }  // namespace preact::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(preact, CPU, m) {
-  m.impl("batch_norm_relu_conv2d", TORCH_BOX(&preact::cpu::batch_norm_relu_conv2d));
+  m.impl("batch_norm_relu_conv2d", TORCH_BOX(&preact::cpu::batch_norm_relu_conv2d_op));
   m.impl("batch_norm_relu_conv2d_into", TORCH_BOX(&preact::cpu::batch_norm_relu_conv2d_into));
 }

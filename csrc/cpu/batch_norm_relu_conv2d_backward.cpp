@@ -71,7 +71,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_conv2d_backward(
     const OptionalTensor& grad_activation, Pair stride, Pair padding, Pair dilation, int64_t groups,
     const OptionalTensor& pending_input, const OptionalTensor& coefficients) {
   const Conv2dShape shape = conv2d_shape(input, conv_weight, {stride, padding, dilation, groups});
-  const bool tiled = is_tiled(input, conv_weight, shape, groups);
+  const Tensor& result = pending_input ? *pending_input : grad_output;
+  const bool tiled =
+      is_tiled(input, conv_weight, shape, groups) && result.scalar_type() == ScalarType::BFloat16;
   if (!tiled && !is_direct(input, conv_weight, shape, groups)) {
     return run_reference<4>("preact::batch_norm_relu_conv2d_backward", grad_output, input, mean,
                             var, weight, bias, eps, conv_weight, grad_activation, stride, padding,

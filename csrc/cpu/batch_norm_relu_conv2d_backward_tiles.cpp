@@ -50,8 +50,10 @@ void tiled_backward(const Tensor& grad_output, const Tensor& input, const Affine
   }
   BFloat16* weights = packed_scratch(packed);
   for (const TileGather& phase : task.phases) {
-    pack_tiles(data<BFloat16>(conv_weight), weight_strides(conv_weight), blocks, phase, true,
-               weights);
+    with_weight_type(conv_weight, [&](auto type) {
+      pack_tiles(data<decltype(type)>(conv_weight), weight_strides(conv_weight), blocks, phase,
+                 true, weights);
+    });
     task.weights.push_back(weights);
     weights += packed_tiles(shape.in_channels, phase);
   }
@@ -65,8 +67,10 @@ void tiled_backward(const Tensor& grad_output, const Tensor& input, const Affine
                                                sum_dz_x.data(), sums);
   });
   write_norm_gradients(sum_dz, sum_dz_x, chunks.count, affine, found.grad_weight, found.grad_bias);
-  unpack_weight_sums(sums, chunks.count, weight_strides(found.grad_conv_weight), blocks,
-                     mutable_data<BFloat16>(found.grad_conv_weight));
+  with_weight_type(conv_weight, [&](auto type) {
+    unpack_weight_sums(sums, chunks.count, weight_strides(found.grad_conv_weight), blocks,
+                       mutable_data<decltype(type)>(found.grad_conv_weight));
+  });
 #else
   STD_TORCH_CHECK(false, "built without tile registers");
 #endif

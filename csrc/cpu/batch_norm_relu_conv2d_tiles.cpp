@@ -28,8 +28,10 @@ std::tuple<Tensor, Tensor> tiled_forward(const Tensor& input, const Affine<float
                    pixel_stride(output)};
   if (bias) task.bias = tile_bias(data<BFloat16>(*bias), shape.out_channels);
   BFloat16* const weights = packed_scratch(packed_tiles(shape.out_channels, task.gather));
-  pack_tiles(data<BFloat16>(conv_weight), weight_strides(conv_weight), blocks, task.gather, false,
-             weights);
+  with_weight_type(conv_weight, [&](auto type) {
+    pack_tiles(data<decltype(type)>(conv_weight), weight_strides(conv_weight), blocks, task.gather,
+               false, weights);
+  });
   task.weights = weights;
 
   const BlockChunks chunks(blocks, kMostChunks);

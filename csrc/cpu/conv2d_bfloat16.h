@@ -53,7 +53,9 @@ inline int64_t staged_size(const Staged& s) {
 inline int64_t packed_tiles(int64_t outputs, const TileGather& gather) {
   return padded(outputs) * static_cast<int64_t>(gather.steps.size()) * 32;
 }
-void pack_tiles(const BFloat16* weight, const WeightStrides& strides, const Conv2dShape& shape,
+// They may be float in memory, and are rounded on the way.
+template <typename W>
+void pack_tiles(const W* weight, const WeightStrides& strides, const Conv2dShape& shape,
                 const TileGather& gather, bool transposed, BFloat16* packed);
 
 // The activation and the gradient as the gradient of the weight reads them, pixels in pairs: output
@@ -74,8 +76,9 @@ struct PairedPixels {
 inline int64_t weight_sums(const Conv2dShape& s) {
   return padded(s.in_channels) * padded(s.out_channels) * s.taps();
 }
+template <typename W>
 void unpack_weight_sums(const float* sums, int64_t chunks, const WeightStrides& strides,
-                        const Conv2dShape& shape, BFloat16* gradient);
+                        const Conv2dShape& shape, W* gradient);
 
 // The batch norm of the input, by lane.
 struct TileNorm {

@@ -8,7 +8,8 @@
 #if PREACT_AMX
 namespace preact::cpu {
 
-void pack_tiles(const BFloat16* weight, const WeightStrides& strides, const Conv2dShape& shape,
+template <typename W>
+void pack_tiles(const W* weight, const WeightStrides& strides, const Conv2dShape& shape,
                 const TileGather& gather, bool transposed, BFloat16* packed) {
   const int64_t outs = transposed ? shape.in_channels : shape.out_channels;
   const int64_t ins = transposed ? shape.out_channels : shape.in_channels;
@@ -25,26 +26,26 @@ void pack_tiles(const BFloat16* weight, const WeightStrides& strides, const Conv
           const int64_t first = i / steps * group;
           BFloat16* const to = packed + i * tiles * kTile;
           if (wide && (by_rows || out_stride == 1)) {
-            const BFloat16* const from = weight + first * out_stride + step.channel * in_stride +
-                                         step.tap / shape.kernel_w * strides.y +
-                                         step.tap % shape.kernel_w * strides.x;
-            (by_rows ? &amx::pack_rows : &amx::pack_columns)(from, by_rows ? out_stride : in_stride,
-                                                             outs - first, ins - step.channel, to);
+            const W* const from = weight + first * out_stride + step.channel * in_stride +
+                                  step.tap / shape.kernel_w * strides.y +
+                                  step.tap % shape.kernel_w * strides.x;
+            (by_rows ? &amx::pack_rows<W>
+                     : &amx::pack_columns<W>)(from, by_rows ? out_stride : in_stride, outs - first,
+                                              ins - step.channel, to);
             continue;
           }
           std::fill_n(to, tiles * kTile, BFloat16{0});
           const auto fill = [&](int64_t tap, int64_t row, int64_t channel, int64_t rows) {
-            const BFloat16* const from = weight + channel * in_stride +
-                                         tap / shape.kernel_w * strides.y +
-                                         tap % shape.kernel_w * strides.x;
+            const W* const from = weight + channel * in_stride + tap / shape.kernel_w * strides.y +
+                                  tap % shape.kernel_w * strides.x;
             const int64_t there = std::min(2 * rows, ins - channel);
             for (int64_t o = first; o < std::min(first + group, outs); ++o) {
               const int64_t column = tiles == 1 ? o - first : (o - first) / 2;
               const int64_t tile = tiles == 1 ? 0 : (o - first) % 2;
-              const BFloat16* const source = from + o * out_stride;
+              const W* const source = from + o * out_stride;
               BFloat16* const target = to + tile * kTile + row * 32 + column * 2;
               for (int64_t c = 0; c < there; ++c) {
-                target[c / 2 * 32 + c % 2] = source[c * in_stride];
+                target[c / 2 * 32 + c % 2] = as_bfloat16(source[c * in_stride]);
               }
             }
           };
@@ -55,8 +56,9 @@ void pack_tiles(const BFloat16* weight, const WeightStrides& strides, const Conv
       });
 }
 
+template <typename W>
 void unpack_weight_sums(const float* sums, int64_t chunks, const WeightStrides& strides,
-                        const Conv2dShape& shape, BFloat16* gradient) {
+                        const Conv2dShape& shape, W* gradient) {
   const int64_t taps = shape.taps(), size = weight_sums(shape);
   const int64_t rows = group_of(shape.in_channels), columns = group_of(shape.out_channels);
   const int64_t in_groups = padded(shape.in_channels) / rows;
@@ -70,8 +72,7 @@ void unpack_weight_sums(const float* sums, int64_t chunks, const WeightStrides& 
       const int64_t t = block % taps, first_in = block / taps % in_groups * rows;
       const int64_t first_out = block / taps / in_groups * columns;
       const float* part = sums + block * rows * columns;
-      BFloat16* const to =
-          gradient + t / shape.kernel_w * strides.y + t % shape.kernel_w * strides.x;
+      W* const to = gradient + t / shape.kernel_w * strides.y + t % shape.kernel_w * strides.x;
       if (rows == 32 && columns == 32 && strides.in == 1) {
         amx::unpack_rows(part, chunks, size, shape.out_channels - first_out,
                          shape.in_channels - first_in, strides.out,
@@ -88,12 +89,21 @@ void unpack_weight_sums(const float* sums, int64_t chunks, const WeightStrides& 
         const int64_t c = first_in + channel(k / columns, rows);
         const int64_t o = first_out + channel(k % columns, columns);
         if (c < shape.in_channels && o < shape.out_channels) {
-          to[o * strides.out + c * strides.in] = {float_to_bfloat16(total[k])};
+          assign(to[o * strides.out + c * strides.in], total[k]);
         }
       }
     }
   });
 }
+
+#define PREACT_WEIGHTS(W)                                                                         \
+  template void pack_tiles(const W*, const WeightStrides&, const Conv2dShape&, const TileGather&, \
+                           bool, BFloat16*);                                                      \
+  template void unpack_weight_sums(const float*, int64_t, const WeightStrides&,                   \
+                                   const Conv2dShape&, W*);
+PREACT_WEIGHTS(BFloat16)
+PREACT_WEIGHTS(float)
+#undef PREACT_WEIGHTS
 
 }  // namespace preact::cpu
 #endif

@@ -26,6 +26,13 @@ inline __attribute__((always_inline)) uint16_t float_to_bfloat16(float value) {
   return static_cast<uint16_t>((word + 0x7fffu + ((word >> 16) & 1u)) >> 16);
 }
 
+inline __attribute__((always_inline)) BFloat16 as_bfloat16(BFloat16 value) { return value; }
+inline __attribute__((always_inline)) BFloat16 as_bfloat16(float value) {
+  return {float_to_bfloat16(value)};
+}
+inline void assign(BFloat16& to, float value) { to = as_bfloat16(value); }
+inline void assign(float& to, float value) { to = value; }
+
 template <typename T>
 struct Accumulate {
   using type = float;

@@ -20,6 +20,8 @@ Tensor batch_norm_backward_coefficients(const Tensor& input, const Tensor& mean,
                                         const OptionalTensor& grad_weight,
                                         const OptionalTensor& grad_bias, double eps);
 
+// Here the result has the type of input, to which conv_weight is rounded where it is wider; as an
+// op of its own this computes in the type of conv_weight.
 std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_conv2d(
     const Tensor& input, const Tensor& mean, const Tensor& var, const OptionalTensor& weight,
     const OptionalTensor& bias, double eps, const Tensor& conv_weight,

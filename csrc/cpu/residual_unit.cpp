@@ -46,11 +46,6 @@ std::vector<Geometry> geometries_of(const std::vector<int64_t>& numbers, size_t 
   return found;
 }
 
-// Weights may be wider than the maps, as under autocast.
-Tensor as_type(const Tensor& tensor, ScalarType type) {
-  return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
-}
-
 }  // namespace
 
 // parameters holds mean, var, weight, bias of each norm and the weight of its convolution; mean and
@@ -69,10 +64,9 @@ std::vector<Tensor> residual_unit(const Tensor& input, std::vector<OptionalTenso
     if (layer.var) var = *layer.var;
     const bool last = i + 1 == layers.size();
     std::tie(x, mean, var) =
-        batch_norm_relu_conv2d(x, mean, var, layer.weight, layer.bias, layer.eps,
-                               as_type(layer.conv_weight, input.scalar_type()), std::nullopt,
-                               last ? OptionalTensor(input) : std::nullopt, of[i].stride,
-                               of[i].padding, of[i].dilation, of[i].groups);
+        batch_norm_relu_conv2d(x, mean, var, layer.weight, layer.bias, layer.eps, layer.conv_weight,
+                               std::nullopt, last ? OptionalTensor(input) : std::nullopt,
+                               of[i].stride, of[i].padding, of[i].dilation, of[i].groups);
     if (!last) inner.insert(inner.end(), {x, mean, var});
   }
   std::vector<Tensor> results{x, mean, var};
@@ -100,9 +94,9 @@ std::vector<Tensor> residual_unit_backward(const Tensor& grad_output, std::vecto
     STD_TORCH_CHECK(layer.mean && layer.var, "mean and var of every norm must be given");
     const Tensor& x = inputs[i];
     auto [grad_z, grad_weight, grad_bias, grad_conv_weight] = batch_norm_relu_conv2d_backward(
-        grad, x, *layer.mean, *layer.var, layer.weight, layer.bias, layer.eps,
-        as_type(layer.conv_weight, x.scalar_type()), std::nullopt, of[i].stride, of[i].padding,
-        of[i].dilation, of[i].groups, pending_input, coefficients);
+        grad, x, *layer.mean, *layer.var, layer.weight, layer.bias, layer.eps, layer.conv_weight,
+        std::nullopt, of[i].stride, of[i].padding, of[i].dilation, of[i].groups, pending_input,
+        coefficients);
     const OptionalTensor sum_dz_x = batch_stats[i] ? OptionalTensor(grad_weight) : std::nullopt;
     const OptionalTensor sum_dz = batch_stats[i] ? OptionalTensor(grad_bias) : std::nullopt;
     if (i > 0) {
@@ -122,7 +116,7 @@ std::vector<Tensor> residual_unit_backward(const Tensor& grad_output, std::vecto
     results[1 + 3 * i] =
         layer.weight ? as_type(grad_weight, layer.weight->scalar_type()) : grad_weight;
     results[2 + 3 * i] = layer.bias ? as_type(grad_bias, layer.bias->scalar_type()) : grad_bias;
-    results[3 + 3 * i] = as_type(grad_conv_weight, layer.conv_weight.scalar_type());
+    results[3 + 3 * i] = grad_conv_weight;
   }
   return results;
 }
