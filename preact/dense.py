@@ -1,227 +1,142 @@
 """The dense block (Huang et al. 2017): all its features in one buffer, which no layer copies.
 
 A layer is BN-ReLU-conv twice. It reads the features before it where they lie and writes its own
-beside them, and their statistics, taken as they are written, serve every later layer. In backward a
-layer adds ``scale * dz`` to the one gradient of the features; what batch statistics add to that is
-linear in the features, ``slope * (x - mean) + offset``, the mean being the same in every layer: the
-layers' coefficients are summed, and a feature's gradient is completed where it is read. Until then
-it is kept in the accumulation type: rounding each sum would lose a part of what is not yet centred.
+beside them, and their statistics, taken as they are written, serve every later layer. Forward and
+backward are one op each, so that Python is not on the way between layers; ``reference_dense`` has
+their formulas.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import backends, checks, functional, plans
-from .functional import Conv, Norm
-from .plans import Geometry
-from .prefix import Affine, cast_like, differentiable_backward, eager_prefix
-from .reference import accumulate_dtype, memory_format_of, per_channel
+from . import checks, functional, identity_unit, plans
+from .arguments import Conv, Norm
+from .prefix import Affine, differentiable_backward, eager_prefix
+from .reference_unit import NUMBERS, TENSORS, geometry_of
 
 DenseLayer = tuple[Norm, Conv, Norm, Conv]
-Settings = tuple[tuple[tuple[float, float, bool, bool, Geometry, Geometry], ...], bool]
-"""Of each layer both eps, whether each norm takes the batch's statistics, and both geometries; and
-whether a backward may follow."""
 
-_TENSORS = 10
-"""Of each layer: weight, bias, mean, var of the first norm (mean and var None where they are the
-batch's own), weight of the first convolution, and the same of the second."""
+
+class Settings(NamedTuple):
+    """Of both norms and convolutions of each layer in turn."""
+
+    eps: tuple[float, ...]
+    numbers: tuple[int, ...]
+    """The convolutions' geometries, as the ops take them."""
+    save: bool
+    """Whether a backward may follow."""
 
 
 class DenseBlock(torch.autograd.Function):
     """All features ``[N, C + growths, H, W]``, their mean and variance, and those of each
-    bottleneck; saves the features and the bottlenecks."""
+    bottleneck; saves the features and the bottlenecks.
+
+    ``parameters`` holds mean, var, weight and bias of each norm and the weight of its convolution,
+    which may be wider than ``input``, as under autocast; mean and var are None where they are the
+    batch's own.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, backend: str, input: Tensor, settings: Settings, *parameters: Tensor | None
+        ctx: Any, input: Tensor, settings: Settings, *parameters: Tensor | None
     ) -> tuple[Tensor, ...]:
-        table = backends.table(backend)
-        layers, save = settings
-        starts = _starts(input.size(1), parameters)
-        format = memory_format_of(input)
-        features = _map(input, starts[-1], format)
-        features.narrow(1, 0, starts[0]).copy_(input)
-        mean, var = input.new_zeros(2, starts[-1], dtype=accumulate_dtype(input.dtype)).unbind()
-        if any(first for _, _, first, _, _, _ in layers):
-            for whole, part in zip((mean, var), table.batch_norm_stats(input), strict=True):
-                whole[: starts[0]] = part
-        bottlenecks: list[Tensor] = []
-        inner: list[Tensor] = []
-        for index in range(len(layers)):
-            norm, conv, second, next_conv = _layer(
-                index, layers, starts, parameters, mean, var, inner
-            )
-            bottleneck = _map(input, conv[0].size(0), format)
-            found = table.batch_norm_relu_conv2d_into(
-                features.narrow(1, 0, starts[index]), *norm[:5], conv[0], *conv[1], bottleneck
-            )
-            inner += found
-            if second.batch_stats:
-                second = second._replace(mean=found[0], var=found[1])
-            growth = slice(starts[index], starts[index + 1])
-            mean[growth], var[growth] = table.batch_norm_relu_conv2d_into(
-                bottleneck, *second[:5], next_conv[0], *next_conv[1], features[:, growth]
-            )
-            if save:
-                bottlenecks.append(bottleneck)
-        ctx.mark_non_differentiable(mean, var, *inner)
+        found = torch.ops.preact.dense_block(input, parameters, *settings)
+        results: list[Tensor] = found[: 3 + len(settings.eps)]
+        ctx.mark_non_differentiable(*results[1:])
         ctx.set_materialize_grads(False)
-        if save:
-            ctx.save_for_backward(input, features, mean, var, *bottlenecks, *inner, *parameters)
-        ctx.settings = (backend, layers)
-        return (features, mean, var, *inner)
+        if settings.save:
+            ctx.save_for_backward(input, *found, *parameters)
+        ctx.settings = settings
+        return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        backend, layers = ctx.settings
-        count = len(layers)
-        input, features, mean, var, *rest = ctx.saved_tensors
-        bottlenecks, inner, parameters = rest[:count], rest[count : 3 * count], rest[3 * count :]
+        eps, numbers, _ = settings = ctx.settings
+        input, *found = ctx.saved_tensors
+        count = TENSORS * len(eps)
+        found, parameters = found[:-count], found[-count:]
         grad_output = grad_outputs[0]
         if grad_output is None:
-            return (None,) * (3 + len(parameters))
+            return (None,) * (2 + count)
         if torch.is_grad_enabled():
-            found = differentiable_backward(
-                lambda: [_eager_block(input, layers, parameters)],
+            exact = differentiable_backward(
+                lambda: [_eager_block(input, settings, parameters)],
                 [grad_output],
                 [input, *parameters],
             )
-            return (None, found[0], None, *found[1:])
-
-        table = backends.table(backend)
-        starts = _starts(input.size(1), parameters)
-        gradients: list[Tensor | None] = [None] * len(parameters)
-        # What reads a feature after its layer is complete in `source` but for what `deferred` says.
-        accumulate = accumulate_dtype(features.dtype)
-        widens = accumulate != features.dtype
-        grad_features = torch.empty_like(features, dtype=accumulate)
-        if widens:
-            source = grad_features.copy_(grad_output)
-        else:
-            source = grad_output.contiguous(memory_format=memory_format_of(features))
-        deferred = torch.stack([torch.ones_like(mean), torch.zeros_like(mean), mean, mean * 0])
-        anything_deferred = False
-        for index in reversed(range(count)):
-            norm, conv, second, next_conv = _layer(
-                index, layers, starts, parameters, mean, var, inner
-            )
-            x = features.narrow(1, 0, starts[index])
-            bottleneck = bottlenecks[index]
-            growth = slice(starts[index], starts[index + 1])
-            pending: tuple[Tensor | None, Tensor | None] = (None, None)
-            if anything_deferred or widens:
-                pending = (features[:, growth], deferred[:, growth])
-            grad_z, *sums, grad_next = table.batch_norm_relu_conv2d_backward(
-                source[:, growth], bottleneck, *second[:5], next_conv[0], None, *next_conv[1],
-                *pending,
-            )  # fmt: skip
-            coefficients = table.batch_norm_backward_coefficients(
-                bottleneck, *second[:3], *(sums if second.batch_stats else (None, None)), second.eps
-            )
-            *first_sums, grad_conv = table.batch_norm_relu_conv2d_backward_add(
-                grad_z, x, *norm[:5], conv[0], *conv[1], bottleneck, coefficients,
-                source.narrow(1, 0, starts[index]), grad_features.narrow(1, 0, starts[index]),
-            )  # fmt: skip
-            source = grad_features
-            if norm.batch_stats:
-                rows = table.batch_norm_backward_coefficients(x, *norm[:3], *first_sums, norm.eps)
-                deferred[1::2, : starts[index]].add_(rows[1::2])
-                anything_deferred = True
-            at = _TENSORS * index
-            gradients[at : at + _TENSORS] = (
-                cast_like(first_sums[0], norm.weight), cast_like(first_sums[1], norm.bias),
-                None, None, grad_conv,
-                cast_like(sums[0], second.weight), cast_like(sums[1], second.bias),
-                None, None, grad_next,
-            )  # fmt: skip
+            return (exact[0], None, *exact[1:])
+        grad_input, *of_parameters = torch.ops.preact.dense_block_backward(
+            grad_output, found, parameters, eps, numbers, ctx.needs_input_grad[0]
+        )
+        gradients: list[Tensor | None] = [None] * count
+        for index in range(len(eps)):
+            at = TENSORS * index + 2
+            gradients[at : at + 3] = of_parameters[3 * index : 3 * index + 3]
         gradients = [
             gradient if needed else None
-            for gradient, needed in zip(gradients, ctx.needs_input_grad[3:], strict=True)
+            for gradient, needed in zip(gradients, ctx.needs_input_grad[2:], strict=True)
         ]
-        if not ctx.needs_input_grad[1]:
-            return (None, None, None, *gradients)
-        grad_input = source.narrow(1, 0, starts[0])
-        if anything_deferred:
-            _, slope, centre, offset = (per_channel(row, input) for row in deferred[:, : starts[0]])
-            rest_of_it = (input - centre).mul_(slope).add_(offset)
-            grad_input = rest_of_it.add_(grad_input)
-        # Rounded once: what is to be added to a rounded gradient is less than its last place.
-        grad_input = grad_input.to(input.dtype)
-        format = memory_format_of(input)
-        return (None, grad_input.contiguous(memory_format=format), None, *gradients)
+        return (grad_input if ctx.needs_input_grad[0] else None, None, *gradients)
 
 
-def _map(like: Tensor, channels: int, format: torch.memory_format) -> Tensor:
-    size = (like.size(0), channels, *like.shape[2:])
-    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=format)
-
-
-def _starts(first: int, parameters: Sequence[Tensor | None]) -> list[int]:
-    """Where each layer's features begin, and at last how many there are."""
-    starts = [first]
-    for weight in parameters[_TENSORS - 1 :: _TENSORS]:
-        assert weight is not None
-        starts.append(starts[-1] + weight.size(0))
-    return starts
-
-
-_Convolution = tuple[Tensor, Geometry]
-
-
-def _layer(
-    index: int,
-    layers: Sequence[tuple[float, float, bool, bool, Geometry, Geometry]],
-    starts: Sequence[int],
-    parameters: Sequence[Any],
-    mean: Tensor,
-    var: Tensor,
-    inner: Sequence[Tensor],
-) -> tuple[Affine, _Convolution, Affine, _Convolution]:
-    """Norms and convolutions of one layer; ``mean`` and ``var`` are the features', ``inner`` those
-    of the bottlenecks as far as they are known."""
-    weight, bias, known_mean, known_var, conv, *second = parameters[
-        _TENSORS * index : _TENSORS * (index + 1)
-    ]
-    eps, second_eps, batch_stats, second_stats, geometry, next_geometry = layers[index]
-    if batch_stats:
-        known_mean, known_var = mean[: starts[index]], var[: starts[index]]
-    next_weight, next_bias, next_mean, next_var, next_conv = second
-    if second_stats and len(inner) > 2 * index:
-        next_mean, next_var = inner[2 * index : 2 * index + 2]
-    return (
-        Affine(known_mean, known_var, weight, bias, eps, batch_stats),
-        (conv, geometry),
-        Affine(next_mean, next_var, next_weight, next_bias, second_eps, second_stats),
-        (next_conv, next_geometry),
-    )
-
-
-def _eager_block(
-    input: Tensor,
-    layers: Sequence[tuple[float, float, bool, bool, Geometry, Geometry]],
-    parameters: Sequence[Tensor | None],
-) -> Tensor:
+def _eager_block(input: Tensor, settings: Settings, parameters: Sequence[Tensor | None]) -> Tensor:
     """The block in operations autograd differentiates any number of times."""
-    features = [input]
-    starts = _starts(input.size(1), parameters)
-    for index in range(len(layers)):
-        norm, (conv, geometry), second, (next_conv, next_geometry) = _layer(
-            index, layers, starts, parameters, input, input, ()
+    features, x = [input], input
+    for index, eps in enumerate(settings.eps):
+        mean, var, weight, bias, conv = parameters[TENSORS * index : TENSORS * (index + 1)]
+        assert conv is not None
+        # Where they are the batch's own nobody reads them.
+        unread = input if mean is None else mean
+        norm = Affine(unread, unread if var is None else var, weight, bias, eps, mean is None)
+        stride, padding, dilation, groups = geometry_of(
+            settings.numbers[NUMBERS * index : NUMBERS * (index + 1)]
         )
-        (bottleneck,) = eager_prefix(torch.cat(features, 1), norm, [(conv, None, geometry)])
-        features += eager_prefix(bottleneck, second, [(next_conv, None, next_geometry)])
+        geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
+        source = torch.cat(features, 1) if index % 2 == 0 else x
+        (x,) = eager_prefix(source, norm, [(conv.to(input.dtype), None, geometry)])
+        if index % 2:
+            features.append(x)
     return torch.cat(features, 1)
 
 
+_known: dict[tuple[object, ...], bool] = {}
+"""Whether a block is fusible, by everything that this depends on."""
+_MOST_KNOWN = 1024
+
+
+def _halves(layers: Sequence[DenseLayer]) -> list[tuple[Norm, Conv]]:
+    return [
+        half
+        for norm, conv, second, next_conv in layers
+        for half in ((norm, conv), (second, next_conv))
+    ]
+
+
 def is_fusible(input: Tensor, layers: Sequence[DenseLayer]) -> bool:
-    """Whether ``dense_block`` takes these, and is the better way to run them."""
-    if torch.compiler.is_compiling() or not layers or not isinstance(input, Tensor):
+    """Whether ``dense_block`` takes these, and is the better way to run them; remembered.
+
+    Raises what ``torch.nn.functional.batch_norm`` and ``conv2d`` raise.
+    """
+    key = identity_unit.key_of(input, _halves(layers)) if layers else None
+    if key is None:
         return False
+    fusible = _known.get(key)
+    if fusible is None:
+        fusible = _decide(input, layers)
+        if fusible:
+            _check(input, layers)
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        _known[key] = fusible
+    return fusible
+
+
+def _decide(input: Tensor, layers: Sequence[DenseLayer]) -> bool:
     norms = [norm for first, _, second, _ in layers for norm in (first, second)]
     convs = [conv for _, first, _, second in layers for conv in (first, second)]
     if input.dim() != 4 or functional.backend_for(input, norms) != "cpp":
@@ -250,35 +165,34 @@ def is_fusible(input: Tensor, layers: Sequence[DenseLayer]) -> bool:
     return True
 
 
-def dense_block(input: Tensor, layers: Sequence[DenseLayer]) -> Tensor:
-    """``input`` ``[N, C, H, W]`` and the features of every layer, concatenated along the channels.
-
-    Each layer is norm, convolution, norm, convolution, and reads everything before it. To be called
-    where ``is_fusible``. Raises what ``torch.nn.functional.batch_norm`` and ``conv2d`` raise.
-    """
+def _check(input: Tensor, layers: Sequence[DenseLayer]) -> None:
     batch, channels, *image = input.shape
-    parameters: list[Tensor | None] = []
     for first, conv, second, next_conv in layers:
         checks.check_layer((batch, channels, *image), input, first, conv)
         checks.check_layer((batch, conv.weight.size(0), *image), input, second, next_conv)
         channels += next_conv.weight.size(0)
-        for norm, its_conv in ((first, conv), (second, next_conv)):
-            known = (None, None) if norm.training else (norm.running_mean, norm.running_var)
-            conv_weight, _ = functional.parameters_of(its_conv)
-            parameters += [norm.weight, norm.bias, *known, conv_weight]
-    settings = (
-        tuple(
-            (
-                first.eps, second.eps, first.training, second.training,
-                functional.geometry_of(conv), functional.geometry_of(next_conv),
-            )
-            for first, conv, second, next_conv in layers
-        ),
-        torch.is_grad_enabled(),
-    )  # fmt: skip
+
+
+def dense_block(input: Tensor, layers: Sequence[DenseLayer]) -> Tensor:
+    """``input`` ``[N, C, H, W]`` and the features of every layer, concatenated along the channels.
+
+    Each layer is norm, convolution, norm, convolution, and reads everything before it. To be called
+    where ``is_fusible``.
+    """
+    parameters: list[Tensor | None] = []
+    eps: list[float] = []
+    geometries: list[plans.Geometry] = []
+    for norm, conv in _halves(layers):
+        known = (None, None) if norm.training else (norm.running_mean, norm.running_var)
+        parameters += (*known, norm.weight, norm.bias, conv.weight)
+        eps.append(norm.eps)
+        geometry = functional.geometry_of(conv)
+        assert geometry is not None
+        geometries.append(geometry)
+    numbers = identity_unit.flattened(geometries)
+    settings = Settings(tuple(eps), numbers, torch.is_grad_enabled())
     output: Tensor
-    backend = backends.choose(input.device.type)
-    output, mean, var, *inner = DenseBlock.apply(backend, input, settings, *parameters)
+    output, mean, var, *inner = DenseBlock.apply(input, settings, *parameters)
     trained: list[Norm] = []
     statistics: list[Sequence[Tensor]] = []
     for index, (first, conv, second, _) in enumerate(layers):

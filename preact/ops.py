@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference, reference_pool, reference_unit
+from . import reference, reference_dense, reference_pool, reference_unit
 
 _NORM = "Tensor mean, Tensor var, Tensor? weight, Tensor? bias"
 _CONV = "int[2] stride, int[2] padding, int[2] dilation, int groups"
@@ -84,6 +84,17 @@ POOLED: dict[str, str] = {
     "batch_norm_relu_pool2d_backward": (
         f"(Tensor grad_output, Tensor positions, Tensor input, {_NORM}, float eps,"
         f" bool batch_stats, {_POOL}) -> (Tensor, Tensor, Tensor)"
+    ),
+}
+
+
+DENSE: dict[str, str] = {
+    "dense_block": (
+        "(Tensor input, Tensor?[] parameters, float[] eps, int[] geometries, bool save) -> Tensor[]"
+    ),
+    "dense_block_backward": (
+        "(Tensor grad_output, Tensor[] found, Tensor?[] parameters, float[] eps,"
+        " int[] geometries, bool needs_input) -> Tensor[]"
     ),
 }
 
@@ -220,7 +231,9 @@ def define(
 
 _library = define("preact", lambda name: getattr(reference, name), _PARTLY_NATIVE)
 
-for _schemas, _formulas in ((COMPOSED, reference_unit), (POOLED, reference_pool)):
+for _schemas, _formulas in (
+    (COMPOSED, reference_unit), (POOLED, reference_pool), (DENSE, reference_dense),
+):  # fmt: skip
     for _name, _schema in _schemas.items():
         _formula = getattr(_formulas, _name)
         _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))

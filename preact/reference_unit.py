@@ -15,7 +15,7 @@ NUMBERS = 7
 """Of each layer in ``geometries``: stride, padding, dilation (two each) and groups."""
 
 
-def _geometry(numbers: Sequence[int]) -> tuple[list[int], list[int], list[int], int]:
+def geometry_of(numbers: Sequence[int]) -> tuple[list[int], list[int], list[int], int]:
     return list(numbers[:2]), list(numbers[2:4]), list(numbers[4:6]), numbers[6]
 
 
@@ -44,7 +44,7 @@ def residual_unit(
             reference.batch_norm_relu_conv2d(
                 x, mean, var, weight, bias, one, conv.to(input.dtype), None,
                 input if last else None,
-                *_geometry(geometries[NUMBERS * index : NUMBERS * (index + 1)]),
+                *geometry_of(geometries[NUMBERS * index : NUMBERS * (index + 1)]),
             )
         )  # fmt: skip
         x = found[0]
@@ -77,7 +77,7 @@ def residual_unit_backward(
         x = inputs[index]
         grad_z, grad_weight, grad_bias, grad_conv = reference.batch_norm_relu_conv2d_backward(
             grad, x, mean, var, weight, bias, eps[index], conv, None,
-            *_geometry(geometries[NUMBERS * index : NUMBERS * (index + 1)]), *pending,
+            *geometry_of(geometries[NUMBERS * index : NUMBERS * (index + 1)]), *pending,
         )  # fmt: skip
         sums: tuple[Tensor | None, Tensor | None] = (None, None)
         if batch_stats[index]:

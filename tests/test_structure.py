@@ -16,7 +16,16 @@ from preact.backends import cpp
 PACKAGE = Path(preact.__file__).parent
 # Lower layers first: a module may import its own layer and those before it.
 LAYERS = [
-    {"arguments", "reference", "reference_unit", "reference_pool", "costs", "accuracy", "device"},
+    {
+        "arguments",
+        "reference",
+        "reference_unit",
+        "reference_pool",
+        "reference_dense",
+        "costs",
+        "accuracy",
+        "device",
+    },
     {"tuning"},
     {"triton_kernels"},
     {"ops"},

@@ -107,8 +107,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_conv2d_backward(
 
 // The same for some channels of a wider map: what grad_z contributes to their gradient is added to
 // grad_skip, and their sum written to grad_input, which may be grad_skip itself. What the sums
-// contribute is left out, linear in input as batch_norm_backward_coefficients have it. The two maps
-// are of the accumulation type.
+// contribute is left out, linear in input as batch_norm_backward_coefficients have it. grad_input
+// is of the accumulation type, grad_skip of that or of input's.
 std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_conv2d_backward_add(
     const Tensor& grad_output, const Tensor& input, const Tensor& mean, const Tensor& var,
     const OptionalTensor& weight, const OptionalTensor& bias, double eps, const Tensor& conv_weight,
@@ -125,7 +125,11 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_conv2d_backward_add(
                             pending_input, coefficients, grad_skip, grad_input);
   }
   check_conv2d_backward(grad_output, input, shape, std::nullopt, pending_input, coefficients);
-  check_accumulated(grad_skip, input, "grad_skip");
+  if (grad_skip.scalar_type() == input.scalar_type()) {
+    check_like(grad_skip, input, "grad_skip");
+  } else {
+    check_accumulated(grad_skip, input, "grad_skip");
+  }
   check_accumulated(grad_input, input, "grad_input");
   const ConvGradients found{grad_input, empty_vector(input), empty_vector(input),
                             empty_like(conv_weight, memory_format_of(conv_weight))};

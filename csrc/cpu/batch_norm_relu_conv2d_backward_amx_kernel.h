@@ -47,15 +47,16 @@ class TileSums {
 
 // Writes tiles of the input's gradient: adds grad_activation, applies the ReLU's mask, and takes
 // the sums of that. Where ADD, it is scaled and added to skip, and only their sum is written: what
-// the sums of dz add to the gradient of the input is not known yet and not in it. Both are float:
-// rounded sums would lose of each layer's share a part whose mean is not zero.
+// the sums of dz add to the gradient of the input is not known yet and not in it. The sum is float:
+// rounded ones would lose of each layer's share a part whose mean is not zero.
 template <bool NARROW, bool ADD>
 struct BackwardEpilogue {
   TileActivation activation;
   const BFloat16* grad_activation;  // null where nothing is to be added
   BFloat16* grad;                   // where not ADD
   const float* skip;
-  float* total;  // may be skip
+  const BFloat16* narrow_skip;  // in its place, where not null
+  float* total;                 // may be skip
   TileSums* sums;
 
   PREACT_INLINE Bits result(const float* from, const TileOutput& out, int64_t i, bool two) const {
@@ -101,10 +102,11 @@ struct BackwardEpilogue {
       const Floats e = _mm512_maskz_mov_ps(evens, even(bits));
       const Floats o = _mm512_maskz_mov_ps(odds, odd(bits));
       if constexpr (ADD) {
-        LaneValues sum = load_floats<NARROW>(skip, out, i, two);
+        LaneValues sum = narrow_skip ? values_of(load_pixels<NARROW>(narrow_skip, out, i, two))
+                                     : load_floats<NARROW>(skip, out, i, two);
         // The pixel's next 32 channels, which no prefetcher expects: pixels stand far apart.
-        __builtin_prefetch(skip + i + 32, 1, 2);
-        __builtin_prefetch(skip + i + 48, 1, 2);
+        __builtin_prefetch(total + i + 32, 1, 2);
+        __builtin_prefetch(total + i + 48, 1, 2);
         sum.even = _mm512_fmadd_ps(values.scale.even, e, sum.even);
         sum.odd = _mm512_fmadd_ps(values.scale.odd, o, sum.odd);
         store_floats<NARROW>(total, out, i, two, sum);
@@ -193,7 +195,8 @@ void backward_blocks(const cpu::TileBackward& task, const BackwardBuffers& buffe
                  task.staged.top, task.staged.left, s.stride_w},
                 paired, paired.pairs, buffers.pairs);
     const BackwardEpilogue<NARROW, ADD> epilogue{activation, task.grad_activation, task.grad_z,
-                                                 task.skip,  task.total,           &sums};
+                                                 task.skip,  task.narrow_skip,     task.total,
+                                                 &sums};
     Ahead ahead;
     if (block + 1 < s.batch) {
       const int64_t in = s.in_h * s.in_w, next = offset + in * task.input_stride;
@@ -205,6 +208,7 @@ void backward_blocks(const cpu::TileBackward& task, const BackwardBuffers& buffe
       ahead.read(from(task.pending_input, out_next), out, s.out_channels, task.output_stride);
       ahead.read(from(task.grad_activation, next), in, s.in_channels, task.input_stride);
       ahead.read(from(task.skip, next), in, s.in_channels, task.input_stride);
+      ahead.read(from(task.narrow_skip, next), in, s.in_channels, task.input_stride);
       if (task.grad_z) ahead.write(task.grad_z + next, in, s.in_channels, task.input_stride);
     }
     for (size_t i = 0; i < task.phases.size(); ++i) {

@@ -20,6 +20,7 @@ void tiled_backward(const Tensor& grad_output, const Tensor& input, const Affine
     return tensor ? data<BFloat16>(*tensor) : nullptr;
   };
   const bool wide = grad_output.scalar_type() == ScalarType::Float;
+  const bool wide_skip = grad_skip && grad_skip->scalar_type() == ScalarType::Float;
   TileBackward task{direct,
                     staged,
                     staged_grad,
@@ -34,7 +35,8 @@ void tiled_backward(const Tensor& grad_output, const Tensor& input, const Affine
                     {},
                     wide ? data<float>(grad_output) : nullptr,
                     grad_skip ? nullptr : mutable_data<BFloat16>(found.grad_z),
-                    maybe_data(grad_skip),
+                    wide_skip ? data<float>(*grad_skip) : nullptr,
+                    wide_skip ? nullptr : maybe(grad_skip),
                     grad_skip ? mutable_data<float>(found.grad_z) : nullptr,
                     pixel_stride(input),
                     pixel_stride(grad_output)};

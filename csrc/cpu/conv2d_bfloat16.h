@@ -114,9 +114,10 @@ struct TileBackward {
   const float* wide_grad;           // grad_output where it is float, pending always; or null
   BFloat16* grad_z;                 // null where scale * grad_z is added to skip instead:
   const float* skip;
-  float* total;           // their sum; may be skip
-  int64_t input_stride;   // between pixels of input and all gradients like it
-  int64_t output_stride;  // between pixels of grad_output and pending_input
+  const BFloat16* narrow_skip;  // in its place, where it is not float
+  float* total;                 // their sum; may be skip
+  int64_t input_stride;         // between pixels of input and all gradients like it
+  int64_t output_stride;        // between pixels of grad_output and pending_input
 };
 
 }  // namespace preact::cpu

@@ -34,4 +34,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_conv2d_backward(
     const OptionalTensor& grad_activation, Pair stride, Pair padding, Pair dilation, int64_t groups,
     const OptionalTensor& pending_input, const OptionalTensor& coefficients);
 
+std::tuple<Tensor, Tensor> batch_norm_stats(const Tensor& input);
+
+std::tuple<Tensor, Tensor> batch_norm_relu_conv2d_into(
+    const Tensor& input, const Tensor& mean, const Tensor& var, const OptionalTensor& weight,
+    const OptionalTensor& bias, double eps, const Tensor& conv_weight, Pair stride, Pair padding,
+    Pair dilation, int64_t groups, Tensor output);
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_conv2d_backward_add(
+    const Tensor& grad_output, const Tensor& input, const Tensor& mean, const Tensor& var,
+    const OptionalTensor& weight, const OptionalTensor& bias, double eps, const Tensor& conv_weight,
+    Pair stride, Pair padding, Pair dilation, int64_t groups, const OptionalTensor& pending_input,
+    const OptionalTensor& coefficients, const Tensor& grad_skip, Tensor grad_input);
+
 }  // namespace preact::cpu
