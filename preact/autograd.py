@@ -25,10 +25,12 @@ from .prefix import (
     Affine,
     Needs,
     Pending,
+    Settings,
     activate,
     cast_like,
     differentiable_backward,
     eager_prefix,
+    fused_forward,
     fuses_backward,
     prefix_backward,
     prefix_convolutions,
@@ -47,31 +49,30 @@ class BatchNormReLU(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        backend: str,
+        settings: Settings,
         input: Tensor,
         mean: Tensor,
         var: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        eps: float,
-        batch_stats: bool,
     ) -> Tensor:
         ctx.save_for_backward(input, mean, var, weight, bias)
-        ctx.settings = (backend, eps, batch_stats)
-        norm = Affine(mean, var, weight, bias, eps, batch_stats)
-        return activate(backends.table(backend), input, norm, input.dtype)
+        ctx.settings = settings
+        norm = settings.norm(mean, var, weight, bias)
+        return activate(backends.table(settings.backend), input, norm, input.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         input, mean, var, weight, bias = ctx.saved_tensors
-        backend, eps, batch_stats = ctx.settings
-        norm = Affine(mean, var, weight, bias, eps, batch_stats)
+        settings = ctx.settings
+        eps, batch_stats = settings.eps, settings.batch_stats
+        norm = settings.norm(mean, var, weight, bias)
         if torch.is_grad_enabled():
             found = differentiable_backward(
                 lambda: eager_prefix(input, norm, []), grad_outputs, [input, weight, bias]
             )
-            return (None, found[0], None, None, found[1], found[2], None, None)
-        table = backends.table(backend)
+            return (None, found[0], None, None, found[1], found[2])
+        table = backends.table(settings.backend)
         grad_output = grad_outputs[0]
         vectors = (input, mean, var, weight, bias)
         needs_norm = ctx.needs_input_grad[4] or ctx.needs_input_grad[5]
@@ -90,7 +91,7 @@ class BatchNormReLU(torch.autograd.Function):
         return (
             None, grad_input, None, None,
             cast_like(grad_weight, weight) if weight is not None else None,
-            cast_like(grad_bias, bias) if bias is not None else None, None, None,
+            cast_like(grad_bias, bias) if bias is not None else None,
         )  # fmt: skip
 
 
@@ -98,62 +99,59 @@ class BatchNormReLUConv2d(torch.autograd.Function):
     """One shared BN-ReLU feeding one or several convolutions, a residual added to the first.
 
     Returns the convolutions' results, then the mean and variance of the first (after the residual)
-    where ``return_statistics``. ``conv_parameters`` are weight and bias (or None) of each in turn.
+    with ``settings.statistics``. ``conv_parameters`` are weight and bias (or None) of each in turn.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        backend: str,
+        settings: Settings,
         input: Tensor,
         mean: Tensor,
         var: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
-        eps: float,
-        batch_stats: bool,
-        save_activation: bool,
-        return_statistics: bool,
-        geometries: tuple[Geometry, ...],
         *conv_parameters: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        norm = Affine(mean, var, weight, bias, eps, batch_stats)
         outputs, statistics, activation = prefix_convolutions(
-            backend, input, norm, _convs(conv_parameters, geometries), residual, return_statistics
+            settings.backend,
+            input,
+            settings.norm(mean, var, weight, bias),
+            paired(conv_parameters, settings.geometries),
+            settings.fuses,
+            residual,
+            settings.statistics,
         )
         ctx.mark_non_differentiable(*statistics)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
             input, mean, var, weight, bias,
-            activation if plans.keeps_activation(save_activation) else None,
+            activation if settings.keeps_activation else None,
             *conv_parameters,
         )  # fmt: skip
-        ctx.settings = (backend, eps, batch_stats, geometries)
+        ctx.settings = settings
         return (*outputs, *statistics)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         input, mean, var, weight, bias, activation, *conv_parameters = ctx.saved_tensors
-        backend, eps, batch_stats, geometries = ctx.settings
-        norm = Affine(mean, var, weight, bias, eps, batch_stats)
+        settings = ctx.settings
+        geometries = settings.geometries
+        norm = settings.norm(mean, var, weight, bias)
         grads = grad_outputs[: len(geometries)]
         needs = ctx.needs_input_grad
         grad_residual = grads[0] if needs[6] else None
         if torch.is_grad_enabled():
-            convs = _convs(conv_parameters, geometries)
+            convs = paired(conv_parameters, geometries)
             found = differentiable_backward(
                 lambda: eager_prefix(input, norm, convs),
                 grads,
                 [input, weight, bias, *conv_parameters],
             )
-            return (
-                None, found[0], None, None, found[1], found[2], grad_residual,
-                None, None, None, None, None, *found[3:],
-            )  # fmt: skip
-        conv_needs = [(needs[12 + 2 * i], needs[13 + 2 * i]) for i in range(len(geometries))]
+            return (None, found[0], None, None, found[1], found[2], grad_residual, *found[3:])
         result = prefix_backward(
-            backend,
+            settings.backend,
             input,
             norm,
             conv_parameters[::2],
@@ -161,17 +159,17 @@ class BatchNormReLUConv2d(torch.autograd.Function):
             grads,
             activation,
             None,
-            Needs(needs[1], needs[4] or needs[5], conv_needs),
+            Needs(needs[1], needs[4] or needs[5], list(zip(needs[7::2], needs[8::2], strict=True))),
         )
         assert not isinstance(result.input, Pending)
         return (
             None, result.input, None, None, cast_like(result.weight, weight) if needs[4] else None,
             cast_like(result.bias, bias) if needs[5] else None, grad_residual,
-            None, None, None, None, None, *(grad for pair in result.convs for grad in pair),
+            *(grad for pair in result.convs for grad in pair),
         )  # fmt: skip
 
 
-def _convs(
+def paired(
     parameters: Sequence[Tensor | None], geometries: Sequence[Geometry]
 ) -> list[tuple[Tensor, Tensor | None, Geometry]]:
     """Weight, bias and geometry of each convolution whose weights and biases stand in turn."""
@@ -219,8 +217,12 @@ class ResidualUnit(torch.autograd.Function):
                 used.append(projection)
             follows = index < last and parameters[6 * (index + 1) + 2] is None
             adds = index == last and (index > 0 or projection is None)
+            convs = paired(conv_parameters, used)
+            fuses = fused_forward(
+                backend, x, norm.batch_stats, [(w, g, w.dtype) for w, _, g in convs], adds
+            )
             (output, *projected), known, activation = prefix_convolutions(
-                backend, x, norm, _convs(conv_parameters, used), shortcut if adds else None,
+                backend, x, norm, convs, fuses, shortcut if adds else None,
                 return_statistics if adds else follows,
             )  # fmt: skip
             shortcut = projected[0] if projected else shortcut

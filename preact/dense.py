@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, functional, identity_unit, plans
+from . import checks, functional, identity_unit, plans, remembered
 from .arguments import Conv, Norm
 from .prefix import Affine, differentiable_backward, eager_prefix
 from .reference_unit import NUMBERS, TENSORS, geometry_of
+from .running_stats import update_running_stats
 
 DenseLayer = tuple[Norm, Conv, Norm, Conv]
 
@@ -104,11 +105,6 @@ def _eager_block(input: Tensor, settings: Settings, parameters: Sequence[Tensor 
     return torch.cat(features, 1)
 
 
-_known: dict[tuple[object, ...], bool] = {}
-"""Whether a block is fusible, by everything that this depends on."""
-_MOST_KNOWN = 1024
-
-
 def _halves(layers: Sequence[DenseLayer]) -> list[tuple[Norm, Conv]]:
     return [
         half
@@ -122,17 +118,17 @@ def is_fusible(input: Tensor, layers: Sequence[DenseLayer]) -> bool:
 
     Raises what ``torch.nn.functional.batch_norm`` and ``conv2d`` raise.
     """
-    key = identity_unit.key_of(input, _halves(layers)) if layers else None
+    if not layers:
+        return False
+    key = remembered.key_of(input, *zip(*_halves(layers), strict=True), (), "dense block")
     if key is None:
         return False
-    fusible = _known.get(key)
+    fusible: bool | None = remembered.known(key)
     if fusible is None:
         fusible = _decide(input, layers)
         if fusible:
             _check(input, layers)
-        if len(_known) >= _MOST_KNOWN:
-            _known.clear()
-        _known[key] = fusible
+        remembered.remember(key, fusible)
     return fusible
 
 
@@ -203,5 +199,5 @@ def dense_block(input: Tensor, layers: Sequence[DenseLayer]) -> Tensor:
         if second.training:
             trained.append(second)
             statistics.append(inner[2 * index : 2 * index + 2])
-    functional.update_all_running(trained, statistics, functional.values_per_channel(input))
+    update_running_stats(trained, statistics, functional.values_per_channel(input))
     return output

@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import autograd, backends, checks, choice, identity_unit
+from . import autograd, backends, checks, choice, identity_unit, prefix, remembered
 from .arguments import Conv as Conv
 from .arguments import Norm as Norm
 from .arguments import Statistics as Statistics
 from .checks import geometry_of as geometry_of
 from .checks import output_shape as output_shape
+from .running_stats import update_running_stats
 
 
 def parameters_of(conv: Conv) -> tuple[Tensor, Tensor | None]:
@@ -81,38 +82,6 @@ def statistics_of(
     return mean, var
 
 
-@torch.no_grad()
-def update_running(norm: Norm, statistics: Sequence[Tensor], count: int) -> None:
-    """``running = (1 - momentum) * running + momentum * batch``, variance with n / (n - 1)."""
-    if norm.running_mean is None or norm.running_var is None:
-        return
-    mean, var = statistics
-    running_mean, running_var = norm.running_mean, norm.running_var
-    unbiased = var * (count / (count - 1))
-    running_mean.lerp_(mean.to(running_mean.dtype), norm.momentum)
-    running_var.lerp_(unbiased.to(running_var.dtype), norm.momentum)
-
-
-@torch.no_grad()
-def update_all_running(
-    norms: Sequence[Norm], statistics: Sequence[Sequence[Tensor]], count: int
-) -> None:
-    """``update_running`` of many, in three calls for each momentum."""
-    by_momentum: dict[float, tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]] = {}
-    for norm, (mean, var) in zip(norms, statistics, strict=True):
-        if norm.running_mean is None or norm.running_var is None:
-            continue
-        lists = by_momentum.setdefault(norm.momentum, ([], [], [], []))
-        its_own = (norm.running_mean, norm.running_var, mean, var)
-        for tensors, tensor in zip(lists, its_own, strict=True):
-            tensors.append(tensor)
-    for momentum, (means, variances, new_means, new_variances) in by_momentum.items():
-        unbiased = torch._foreach_mul(new_variances, count / (count - 1))
-        running, batch = means + variances, new_means + list(unbiased)
-        same = [new.to(old.dtype) for old, new in zip(running, batch, strict=True)]
-        torch._foreach_lerp_(running, same, momentum)
-
-
 def values_per_channel(input: Tensor) -> int:
     """Values per channel."""
     return input.numel() // input.size(1)
@@ -151,17 +120,25 @@ def batch_norm_relu(
     that are absent in evaluation: what ``torch.nn.functional.batch_norm`` raises.
     """
     norm = Norm(running_mean, running_var, weight, bias, training, momentum, eps)
-    checks.check_norm(input, norm)
-    checks.check_statistics(input, statistics)
-    backend = backend_for(input, [norm], (), batch_norm_relu, *norm, statistics=statistics)
-    if backend == "reference":
+    key = remembered.key_of(input, (norm,), (), statistics or (), batch_norm_relu)
+    settings = remembered.known(key)
+    if settings is None:
+        checks.check_norm(input, norm)
+        checks.check_statistics(input, statistics)
+        backend = backend_for(input, [norm], (), batch_norm_relu, *norm, statistics=statistics)
+        settings = prefix.decide(backend, input, norm)
+        remembered.remember(key, settings)
+    if settings.backend == "reference":
         return _eager_norm(input, norm)
-    mean, var = statistics_of(backend, input, norm, statistics)
-    output: Tensor = autograd.BatchNormReLU.apply(
-        backend, input, mean, var, weight, bias, eps, training
-    )
+    mean, var = statistics_of(settings.backend, input, norm, statistics)
+    output: Tensor
+    if settings.differentiable:
+        output = autograd.BatchNormReLU.apply(settings, input, mean, var, weight, bias)
+    else:
+        table = backends.table(settings.backend)
+        output = prefix.activate(table, input, settings.norm(mean, var, weight, bias), input.dtype)
     if training:
-        update_running(norm, (mean, var), values_per_channel(input))
+        update_running_stats([norm], [(mean, var)], values_per_channel(input))
     return output
 
 
@@ -182,42 +159,79 @@ def batch_norm_relu_convs2d(
     ``return_statistics`` (None without, or where eager PyTorch ran). ``backend`` is that of the
     unit that this is a part of.
     """
+    key = remembered.key_of(
+        input, (norm,), convs, (residual, *(statistics or ())),
+        batch_norm_relu_convs2d, return_statistics, save_activation, backend,
+    )  # fmt: skip
+    settings = remembered.known(key)
+    if settings is None:
+        settings = _checked_prefix(
+            input, norm, convs, residual, statistics, return_statistics, save_activation, backend
+        )
+        remembered.remember(key, settings)
+    if settings.backend == "reference":
+        activation = _eager_norm(input, norm)
+        outputs = [eager_conv(activation, conv) for conv in convs]
+        if residual is not None:
+            outputs[0] = outputs[0] + residual
+        return tuple(outputs), None
+    mean, var = statistics_of(settings.backend, input, norm, statistics)
+    parameters: list[Tensor | None] = []
+    for conv, dtype in zip(convs, settings.dtypes, strict=True):
+        parameters += (conv.weight.to(dtype), None if conv.bias is None else conv.bias.to(dtype))
+    joined = residual if settings.joins else None
+    found: Sequence[Tensor]
+    if settings.differentiable:
+        outputs = autograd.BatchNormReLUConv2d.apply(
+            settings, input, mean, var, norm.weight, norm.bias, joined, *parameters
+        )
+        outputs, found = list(outputs[: len(convs)]), outputs[len(convs) :]
+    else:
+        outputs, found, _ = prefix.prefix_convolutions(
+            settings.backend, input, settings.norm(mean, var, norm.weight, norm.bias),
+            autograd.paired(parameters, settings.geometries), settings.fuses, joined,
+            settings.statistics,
+        )  # fmt: skip
+    if residual is not None and joined is None:
+        outputs[0] = outputs[0] + residual
+    if norm.training:
+        update_running_stats([norm], [(mean, var)], values_per_channel(input))
+    return tuple(outputs), (found[0], found[1]) if found else None
+
+
+def _checked_prefix(
+    input: Tensor,
+    norm: Norm,
+    convs: Sequence[Conv],
+    residual: Tensor | None,
+    statistics: Statistics | None,
+    return_statistics: bool,
+    save_activation: bool,
+    backend: str | None,
+) -> prefix.Settings:
+    """What is decided for ``batch_norm_relu_convs2d``; raises for whatever it cannot take."""
     checks.check_norm(input, norm)
     checks.check_statistics(input, statistics)
     for conv in convs:
         checks.check_conv(input, conv)
     geometries = [geometry_of(conv) for conv in convs]
+    shape: tuple[int, ...] | None = None
     if residual is not None and geometries[0] is not None:
-        checks.check_residual(residual, output_shape(input.shape, convs[0], geometries[0]))
+        shape = output_shape(input.shape, convs[0], geometries[0])
+        checks.check_residual(residual, shape)
     if backend is None:
         backend = backend_for(
             input, [norm], convs, batch_norm_relu_convs2d, norm, tuple(convs), residual=residual,
             statistics=statistics, return_statistics=return_statistics,
             save_activation=save_activation,
         )  # fmt: skip
-    if backend == "reference" or None in geometries:
-        activation = _eager_norm(input, norm)
-        outputs = [eager_conv(activation, conv) for conv in convs]
-        if residual is not None:
-            outputs[0] = outputs[0] + residual
-        return tuple(outputs), None
-    mean, var = statistics_of(backend, input, norm, statistics)
-    fused = residual is not None and checks.same_kind(
-        residual,
-        output_shape(input.shape, convs[0], geometries[0]),
-        checks.compute_type(convs[0].weight),
+    joins = residual is not None and checks.same_kind(
+        residual, shape or (), checks.compute_type(convs[0].weight)
     )
-    found = autograd.BatchNormReLUConv2d.apply(
-        backend, input, mean, var, norm.weight, norm.bias, residual if fused else None,
-        norm.eps, norm.training, save_activation, return_statistics and (fused or residual is None),
-        tuple(geometries), *(tensor for conv in convs for tensor in parameters_of(conv)),
+    return prefix.decide(
+        "reference" if None in geometries else backend, input, norm, convs, geometries, residual,
+        joins, return_statistics and (joins or residual is None), save_activation,
     )  # fmt: skip
-    outputs = list(found[: len(convs)])
-    if residual is not None and not fused:
-        outputs[0] = outputs[0] + residual
-    if norm.training:
-        update_running(norm, (mean, var), values_per_channel(input))
-    return tuple(outputs), (found[-2], found[-1]) if len(found) > len(convs) else None
 
 
 def batch_norm_relu_conv2d(
@@ -299,8 +313,9 @@ def residual_unit(
     """
     key = None
     if projection is None and not save_activation:
-        key = identity_unit.key_of(input, layers)
-        prepared = identity_unit.known(key)
+        norms, inner = zip(*layers, strict=True)
+        key = remembered.key_of(input, norms, inner, statistics or (), residual_unit)
+        prepared = remembered.known(key)
         if prepared is not None:  # the same call was checked before
             first = statistics_of("cpp", input, layers[0][0], statistics)
             return identity_unit.run(input, layers, prepared, first, return_statistics)
@@ -328,8 +343,9 @@ def residual_unit(
 
     first = statistics_of(backend, input, layers[0][0], statistics)
     if key is not None and backend == "cpp":
-        prepared = identity_unit.settings_for(key, input, layers, geometries)
+        prepared = identity_unit.settings_for(input, layers, geometries)
         if prepared is not None:
+            remembered.remember(key, prepared)
             return identity_unit.run(input, layers, prepared, first, return_statistics)
     parameters: list[Tensor | None] = []
     for index, (norm, conv) in enumerate(layers):
@@ -354,7 +370,7 @@ def residual_unit(
         if norm.training:
             own = first if index == 0 else (found.pop(0), found.pop(0))
             batch, _, height, width = shapes[index]
-            update_running(norm, own, batch * height * width)
+            update_running_stats([norm], [own], batch * height * width)
     return output, handed_on
 
 

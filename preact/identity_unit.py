@@ -2,7 +2,8 @@
 
 What ``autograd.ResidualUnit`` does op by op in Python, for the units of which networks are mostly
 made: no projection, no bias, every convolution fused. Between kernels of a millisecond the way
-through Python counts: float32 steps are 1.03 to 1.05 times faster without it.
+through Python counts: float32 steps are 1.03 to 1.05 times faster without it, and ``remembered``
+calls come here at once.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, plans, tuning
+from . import plans
 from .arguments import Conv, Norm, Statistics
 from .autograd import eager_unit
 from .plans import Geometry
 from .prefix import differentiable_backward
 from .reference import memory_format_of
 from .reference_unit import TENSORS
+from .running_stats import update_running_stats
 
 Layers = Sequence[tuple[Norm, Conv]]
 
@@ -30,57 +32,17 @@ class Settings(NamedTuple):
     geometries: tuple[Geometry, ...]
     numbers: tuple[int, ...]
     """The geometries one after the other, as the ops take them."""
-    save: bool
+    differentiable: bool
     """Whether a backward may follow."""
 
 
-_known: dict[tuple[object, ...], Settings] = {}
-"""Calls that were checked and found to run as one op, by everything that this depends on."""
-_MOST_KNOWN = 4096
-
-
-def key_of(input: Tensor, layers: Layers) -> tuple[object, ...] | None:
-    """What checks and choices depend on, but for the values; None where this is not for the unit's
-    one op at all."""
-    if (
-        torch.compiler.is_compiling()
-        or type(input) is not Tensor
-        or not input.is_cpu
-        or torch._C._are_functorch_transforms_active()
-    ):
-        return None
-    autocast = torch.is_autocast_enabled("cpu")
-    parts: list[object] = [
-        input.shape, input.stride(), input.dtype, input.requires_grad, torch.is_grad_enabled(),
-        autocast and torch.get_autocast_dtype("cpu"), torch.get_num_threads(),
-        backends.choose("cpu"), plans.current(), tuning.setting(),
-    ]  # fmt: skip
-    for norm, conv in layers:
-        parts += (
-            norm.training, norm.eps, conv.bias is None,
-            conv.stride, conv.padding, conv.dilation, conv.groups,
-        )  # fmt: skip
-        for tensor in (*norm[:4], conv.weight):
-            if tensor is None:
-                parts.append(None)
-            else:
-                parts += (tensor.shape, tensor.dtype, tensor.requires_grad, tensor.is_cpu)
-    return tuple(parts)
-
-
-def known(key: tuple[object, ...] | None) -> Settings | None:
-    """The settings of a call that passed every check before."""
-    return None if key is None else _known.get(key)
-
-
 def settings_for(
-    key: tuple[object, ...],
     input: Tensor,
     layers: Layers,
     geometries: Sequence[Geometry | None],
 ) -> Settings | None:
-    """The settings of a unit, remembered under ``key``; None where it does not run as one op: where
-    a convolution runs unfused one way, or only some gradients are wanted."""
+    """The settings of a unit; None where it does not run as one op: where a convolution runs
+    unfused one way, or only some gradients are wanted."""
     if plans.current() not in ("auto", "E"):
         return None
     save = torch.is_grad_enabled()
@@ -105,14 +67,10 @@ def settings_for(
         if not all(plans.fuses_convolution("cpp", x, weight, geometry, work) for work in works):
             return None
         found.append(geometry)
-    settings = Settings(
+    return Settings(
         tuple(norm.eps for norm, _ in layers), tuple(norm.training for norm, _ in layers),
-        tuple(found), flattened(found), save,
+        tuple(found), flattened(found), training,
     )  # fmt: skip
-    if len(_known) >= _MOST_KNOWN:
-        _known.clear()
-    _known[key] = settings
-    return settings
 
 
 def _like(input: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -132,22 +90,26 @@ def run(
         if index > 0:
             vectors = (None, None) if norm.training else (norm.running_mean, norm.running_var)
         parameters += (*vectors, norm.weight, norm.bias, conv.weight)
-    output, *found = IdentityUnit.apply(input, settings, *parameters)
+    if settings.differentiable:
+        output, *found = IdentityUnit.apply(input, settings, *parameters)
+    else:
+        whole = torch.ops.preact.residual_unit(input, parameters, settings.eps, settings.numbers)
+        output, *found = vectors_of(whole)
     statistics = [*first, *found[2:]]
-    running: list[Tensor] = []
-    batch: list[Tensor] = []
-    momenta: list[float] = []
-    for index, (norm, _) in enumerate(layers):
-        if norm.training and norm.running_mean is not None and norm.running_var is not None:
-            running += (norm.running_mean, norm.running_var)
-            batch += statistics[2 * index : 2 * index + 2]
-            momenta.append(norm.momentum)
-    if momenta:
+    trained = [index for index, (norm, _) in enumerate(layers) if norm.training]
+    if trained:
         # An identity unit has as many values per channel all along.
-        count = input.numel() // input.size(1)
-        torch.ops.preact.update_running_stats(running, batch, momenta, count)
-        torch.autograd.graph.increment_version(running)
+        update_running_stats(
+            [layers[index][0] for index in trained],
+            [statistics[2 * index : 2 * index + 2] for index in trained],
+            input.numel() // input.size(1),
+        )
     return output, (found[0], found[1]) if return_statistics else None
+
+
+def vectors_of(whole: Sequence[Tensor]) -> list[Tensor]:
+    """The sum and every mean and variance of what the op returns, without the layers' inputs."""
+    return [tensor for index, tensor in enumerate(whole) if index < 3 or index % 3 != 0]
 
 
 class IdentityUnit(torch.autograd.Function):
@@ -162,20 +124,16 @@ class IdentityUnit(torch.autograd.Function):
     def forward(
         ctx: Any, input: Tensor, settings: Settings, *parameters: Tensor | None
     ) -> tuple[Tensor, ...]:
-        eps, _, _, numbers, save = settings
-        output, *found = torch.ops.preact.residual_unit(input, parameters, eps, numbers)
-        inputs, vectors = [input], found[:2]
+        eps, _, _, numbers, _ = settings
+        whole = torch.ops.preact.residual_unit(input, parameters, eps, numbers)
+        output, *vectors = vectors_of(whole)
         known = list(parameters)
         for index in range(1, len(eps)):
-            x, mean, var = found[3 * index - 1 : 3 * index + 2]
-            inputs.append(x)
-            vectors += [mean, var]
             if parameters[TENSORS * index] is None:
-                known[TENSORS * index : TENSORS * index + 2] = [mean, var]
+                known[TENSORS * index : TENSORS * index + 2] = vectors[2 * index : 2 * index + 2]
         ctx.mark_non_differentiable(*vectors)
         ctx.set_materialize_grads(False)
-        if save:
-            ctx.save_for_backward(*inputs, *known)
+        ctx.save_for_backward(input, *whole[3::3], *known)
         ctx.settings = settings
         return (output, *vectors)
 
@@ -187,7 +145,6 @@ class IdentityUnit(torch.autograd.Function):
         grad_output = grad_outputs[0]
         if grad_output is None:
             return (None,) * (2 + len(parameters))
-        gradients: list[Tensor | None] = [None] * len(parameters)
         if torch.is_grad_enabled():
             input, *found = differentiable_backward(
                 lambda: [_eager(inputs[0], ctx.settings, parameters)],
@@ -198,6 +155,7 @@ class IdentityUnit(torch.autograd.Function):
         input, *found = torch.ops.preact.residual_unit_backward(
             grad_output, inputs, parameters, eps, batch_stats, numbers
         )
+        gradients: list[Tensor | None] = [None] * len(parameters)
         for index in range(len(eps)):
             first, found_here = TENSORS * index, found[3 * index : 3 * index + 3]
             gradients[first + 2 : first + TENSORS] = [
@@ -218,10 +176,10 @@ def flattened(geometries: Sequence[Geometry]) -> tuple[int, ...]:
 
 
 def _eager(input: Tensor, settings: Settings, parameters: Sequence[Tensor | None]) -> Tensor:
-    eps, batch_stats, geometries, _, save = settings
+    eps, batch_stats, geometries, _, _ = settings
     arranged: list[Tensor | None] = []
     for index in range(len(eps)):
         mean, var, weight, bias, conv = parameters[TENSORS * index : TENSORS * (index + 1)]
         assert conv is not None
         arranged += [weight, bias, mean, var, conv.to(input.dtype), None]
-    return eager_unit(input, (eps, batch_stats, geometries, None, save, False, False), (), arranged)
+    return eager_unit(input, (eps, batch_stats, geometries, None, True, False, False), (), arranged)

@@ -10,7 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends, plans
+from .arguments import Conv, Norm
+from .checks import compute_type
 from .plans import Geometry
+from .remembered import carries_tangents
+
+_NO_OUTPUT_PADDING = (0, 0)
 
 
 class Affine(NamedTuple):
@@ -24,6 +29,57 @@ class Affine(NamedTuple):
     batch_stats: bool
 
 
+class Settings(NamedTuple):
+    """What is decided of a prefix before it runs, and is the same whatever its tensors hold."""
+
+    backend: str
+    eps: float
+    batch_stats: bool
+    geometries: tuple[Geometry, ...]
+    fuses: tuple[bool, ...]
+    """Of each convolution whether its forward runs in a kernel of our own."""
+    dtypes: tuple[torch.dtype, ...]
+    """That each convolution computes in."""
+    joins: bool
+    """Whether a residual is added within, to the first result."""
+    statistics: bool
+    """Whether those of the first result are returned."""
+    keeps_activation: bool
+    differentiable: bool
+    """Whether somebody may ask for a gradient."""
+
+    def norm(self, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None) -> Affine:
+        return Affine(mean, var, weight, bias, self.eps, self.batch_stats)
+
+
+def decide(
+    backend: str,
+    input: Tensor,
+    norm: Norm,
+    convs: Sequence[Conv] = (),
+    geometries: Sequence[Geometry | None] = (),
+    residual: Tensor | None = None,
+    joins: bool = False,
+    return_statistics: bool = False,
+    save_activation: bool = False,
+) -> Settings:
+    """The settings of a prefix whose arguments were checked."""
+    taken = tuple(geometry for geometry in geometries if geometry is not None)
+    dtypes = tuple(compute_type(conv.weight) for conv in convs)
+    fuses: tuple[bool, ...] = ()
+    if backend != "reference":
+        weights = [conv.weight for conv in convs]
+        described = list(zip(weights, taken, dtypes, strict=True))
+        fuses = fused_forward(backend, input, norm.training, described, joins)
+    tensors = [input, norm.weight, norm.bias, residual, *(t for conv in convs for t in conv[:2])]
+    wanted = any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return Settings(
+        backend, norm.eps, norm.training, taken, fuses, dtypes, joins, return_statistics,
+        plans.keeps_activation(save_activation),
+        (torch.is_grad_enabled() and wanted) or carries_tangents(),
+    )  # fmt: skip
+
+
 def activate(table: Any, input: Tensor, norm: Affine, dtype: torch.dtype) -> Tensor:
     activation = table.batch_norm_relu(input, norm.mean, norm.var, norm.weight, norm.bias, norm.eps)
     return activation if activation.dtype == dtype else activation.to(dtype)
@@ -31,8 +87,8 @@ def activate(table: Any, input: Tensor, norm: Affine, dtype: torch.dtype) -> Ten
 
 def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     stride, padding, dilation, groups = geometry
-    return torch.ops.aten.convolution.default(
-        input, weight, bias, stride, padding, dilation, False, [0, 0], groups
+    return torch.convolution(
+        input, weight, bias, stride, padding, dilation, False, _NO_OUTPUT_PADDING, groups
     )
 
 
@@ -87,18 +143,38 @@ class PrefixGradients(NamedTuple):
     convs: list[tuple[Tensor | None, Tensor | None]]
 
 
+def fused_forward(
+    backend: str,
+    input: Tensor,
+    batch_stats: bool,
+    convs: Sequence[tuple[Tensor, Geometry, torch.dtype]],
+    adds: bool,
+) -> tuple[bool, ...]:
+    """Which of a prefix's convolutions run in kernels of our own in forward, from their weights,
+    geometries and the types they compute in; whether a residual is added to the first."""
+    works = ["forward with statistics" if batch_stats else "forward"] * len(convs)
+    if adds and not batch_stats:
+        works[0] = "forward with residual"
+    return tuple(
+        plans.fuses_convolution(backend, input, weight, geometry, work, dtype)
+        for (weight, geometry, dtype), work in zip(convs, works, strict=True)
+    )
+
+
 def prefix_convolutions(
     backend: str,
     input: Tensor,
     norm: Affine,
     convs: Sequence[tuple[Tensor, Tensor | None, Geometry]],
+    fuses: Sequence[bool],
     residual: Tensor | None,
     statistics: bool,
 ) -> tuple[list[Tensor], tuple[Tensor, ...], Tensor | None]:
     """One BN-ReLU feeding ``convs``, ``residual`` added to the first.
 
-    Returns the results, mean and variance of the first with ``statistics``, and the activation,
-    None where every convolution was fused and it was never written.
+    ``fuses`` is what ``fused_forward`` found. Returns the results, mean and variance of the first
+    with ``statistics``, and the activation, None where every convolution was fused and it was never
+    written.
     """
     table = backends.table(backend)
     activation: Tensor | None = None
@@ -107,12 +183,9 @@ def prefix_convolutions(
     vectors = (norm.mean, norm.var, norm.weight, norm.bias)
     for index, (weight, bias, geometry) in enumerate(convs):
         added = residual if index == 0 else None
-        work = "forward" if added is None else "forward with residual"
-        if norm.batch_stats:
-            work = "forward with statistics"
         found_here: list[Tensor] = []
-        if plans.fuses_convolution(backend, input, weight, geometry, work):
-            inside = added if plans.adds_in_epilogue() else None
+        if fuses[index]:
+            inside = added if added is not None and plans.adds_in_epilogue() else None
             output, *found_here = table.batch_norm_relu_conv2d(
                 input, *vectors, norm.eps, weight, bias, inside, *geometry
             )

@@ -105,9 +105,11 @@ def update_running_stats(
 ) -> None:
     """``running = (1 - momentum) * running + momentum * batch``, in place, for each norm's mean and
     variance in turn; variances with ``count / (count - 1)``."""
-    for index, momentum in enumerate(momenta):
-        mean, var = running[2 * index : 2 * index + 2]
-        unbiased = batch[2 * index + 1] * (count / (count - 1))
-        with torch.no_grad():
-            mean.lerp_(batch[2 * index].to(mean.dtype), momentum)
-            var.lerp_(unbiased.to(var.dtype), momentum)
+    with torch.no_grad():
+        unbiased = torch._foreach_mul(list(batch[1::2]), count / (count - 1))
+        for momentum in dict.fromkeys(momenta):
+            of_it = [index for index, one in enumerate(momenta) if one == momentum]
+            old = [running[2 * index + part] for part in (0, 1) for index in of_it]
+            new = [batch[2 * index] for index in of_it] + [unbiased[index] for index in of_it]
+            same = [one.to(other.dtype) for one, other in zip(new, old, strict=True)]
+            torch._foreach_lerp_(old, same, momentum)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import preact
-from preact import dense, reference
+from preact import dense, reference, remembered
 from preact.backends import available, cpu_capability
 from preact.functional import Conv, Norm
 
@@ -324,7 +324,7 @@ def test_timm(fused_calls):
 def test_three_steps_in_float64(monkeypatch):
     """The whole block in float64, which the automatic choice leaves to the prefixes."""
     monkeypatch.setattr(dense.plans, "fuses_convolution", lambda *_: True)
-    monkeypatch.setattr(dense, "_known", {})
+    monkeypatch.setattr(remembered, "_calls", {})
     torch.manual_seed(0)
     eager = block().double().to(memory_format=CHANNELS_LAST)
     fused = copy.deepcopy(eager)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import preact
-from preact import dense, reference, reference_dense
+from preact import dense, reference, reference_dense, remembered
 from preact.backends import available
 from preact.functional import Conv, Norm
 
@@ -137,7 +137,7 @@ def test_an_op_names_the_argument_it_refuses(message, change):
 
 
 def test_a_decision_is_remembered_until_something_changes(monkeypatch):
-    monkeypatch.setattr(dense, "_known", {})
+    monkeypatch.setattr(remembered, "_calls", {})
     asked = []
     decide = dense._decide
     monkeypatch.setattr(dense, "_decide", lambda *a: asked.append(a) or decide(*a))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import preact
-from preact import identity_unit, plans, trials, tuning
+from preact import plans, remembered, trials, tuning
 from preact.backends import available, cpp
 
 pytestmark = [
@@ -30,7 +30,7 @@ def as_in_a_new_process(monkeypatch, tmp_path):
     for variable in ("PREACT_PLAN", "PREACT_TUNE", "PREACT_CONV"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(plans, "_decided", {})
-    monkeypatch.setattr(identity_unit, "_known", {})
+    monkeypatch.setattr(remembered, "_calls", {})
     monkeypatch.setattr(tuning, "_chosen", {})
 
 

@@ -1,0 +1,109 @@
+"""Calls that were checked before: what was decided for one holds for every other of its key.
+
+Between kernels of a millisecond the checks and choices of a call count, and for all calls that
+differ in nothing but their tensors' values they come out the same. A key holds what they depend on;
+whoever runs such a call asks ``known`` first, and ``remember``s what was decided for a new one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import backends, plans, tuning
+from .arguments import Conv, Norm
+
+Key = tuple[object, ...]
+
+_MOST = 4096
+_calls: dict[Key, Any] = {}
+
+
+def carries_tangents() -> bool:
+    """Whether forward-mode differentiation is on, which only an autograd Function refuses."""
+    return forward_ad._current_level >= 0
+
+
+def key_of(
+    input: Tensor,
+    norms: Sequence[Norm],
+    convs: Sequence[Conv],
+    tensors: Sequence[Tensor | None] = (),
+    *options: object,
+) -> Key | None:
+    """Everything but values that a call on a CPU depends on; None where it is not to be remembered.
+
+    ``tensors`` are those that come in neither a norm nor a convolution, ``options`` what else tells
+    one call from another, first the function's name.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or type(input) is not Tensor
+        or not input.is_cpu
+        or input.layout is not torch.strided
+        or torch._C._are_functorch_transforms_active()
+        or carries_tangents()
+    ):
+        return None
+    backend = backends.choose("cpu")
+    if backend == backends.AUTO:
+        return None
+    autocast = torch.is_autocast_enabled("cpu")
+    parts: list[object] = [
+        *options, input.shape, input.stride(), input.dtype, input.requires_grad,
+        torch.is_grad_enabled(), autocast and torch.get_autocast_dtype("cpu"),
+        torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(),
+        backend, plans.current(), tuning.setting(),
+    ]  # fmt: skip
+    for running_mean, running_var, weight, bias, training, _, eps in norms:
+        parts += (training, eps)
+        for tensor in (running_mean, running_var, weight, bias):
+            if tensor is None:
+                parts.append(None)
+            else:
+                parts += (tensor.shape, tensor.dtype, tensor.requires_grad, tensor.is_cpu)
+    for weight, bias, stride, padding, dilation, groups in convs:
+        parts += (
+            stride, padding, dilation, groups,
+            weight.shape, weight.dtype, weight.requires_grad, weight.is_cpu,
+        )  # fmt: skip
+        if bias is None:
+            parts.append(None)
+        else:
+            parts += (bias.shape, bias.dtype, bias.requires_grad, bias.is_cpu)
+    for tensor in tensors:
+        if tensor is None:
+            parts.append(None)
+        else:
+            parts += (tensor.shape, tensor.dtype, tensor.requires_grad, tensor.is_cpu)
+    return tuple(parts)
+
+
+def known(key: Key | None) -> Any:
+    """What was decided for this call, None for one that was never checked."""
+    if key is None:
+        return None
+    try:
+        return _calls.get(key)
+    except TypeError:  # a stride given as a list
+        return None
+
+
+def remember(key: Key | None, settings: object) -> None:
+    """Keep ``settings`` for the calls of ``key``."""
+    if key is None:
+        return
+    if len(_calls) >= _MOST:
+        _calls.clear()
+    with suppress(TypeError):
+        _calls[key] = settings
+
+
+def forget() -> None:
+    """As in a new process, where choices are to be made again."""
+    _calls.clear()

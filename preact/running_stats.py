@@ -1,0 +1,33 @@
+"""Running statistics: the one way in which calls of this package bring them up to date."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .arguments import Norm
+
+
+def update_running_stats(
+    norms: Sequence[Norm], statistics: Sequence[Sequence[Tensor]], count: int
+) -> None:
+    """``running = (1 - momentum) * running + momentum * batch`` of every norm that keeps any.
+
+    ``statistics`` are mean and biased variance of each norm's batch, over ``count`` values a
+    channel; running variances are of ``count / (count - 1)`` times as much.
+    """
+    running: list[Tensor] = []
+    batch: list[Tensor] = []
+    momenta: list[float] = []
+    for norm, (mean, var) in zip(norms, statistics, strict=True):
+        if norm.running_mean is not None and norm.running_var is not None:
+            running += (norm.running_mean, norm.running_var)
+            batch += (mean, var)
+            momenta.append(norm.momentum)
+    if not momenta:
+        return
+    torch.ops.preact.update_running_stats(running, batch, momenta, count)
+    if not torch.compiler.is_compiling():  # a list that an op writes keeps no count by itself
+        torch.autograd.graph.increment_version(running)
