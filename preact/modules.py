@@ -23,21 +23,16 @@ def _norm_of(bn: BatchNorm, input: Tensor | None = None) -> Norm:
     """What ``bn`` would pass to ``batch_norm`` now, before it counts the batch."""
     if input is not None:
         bn._check_input_dim(input)
-    momentum = bn.momentum
+    momentum, training = bn.momentum, bn.training
     if momentum is None:
         momentum = 0.0
-        if bn.training and bn.num_batches_tracked is not None:
+        if training and bn.num_batches_tracked is not None:
             momentum = 1.0 / (float(bn.num_batches_tracked) + 1.0)
-    tracked = not bn.training or bn.track_running_stats
-    norm = Norm(
-        bn.running_mean if tracked else None,
-        bn.running_var if tracked else None,
-        bn.weight,
-        bn.bias,
-        bn.training or (bn.running_mean is None and bn.running_var is None),
-        momentum,
-        bn.eps,
-    )
+    mean, var = bn.running_mean, bn.running_var
+    own = training or (mean is None and var is None)
+    if training and not bn.track_running_stats:
+        mean = var = None
+    norm = Norm(mean, var, bn.weight, bn.bias, own, momentum, bn.eps)
     if input is not None and is_synchronised(bn):
         return synchronised_norm(bn, input, norm)
     return norm

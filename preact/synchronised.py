@@ -26,15 +26,10 @@ from .reference import accumulate_dtype, per_channel
 
 def is_synchronised(bn: nn.Module) -> bool:
     """Whether ``bn``, ours or ``nn.SyncBatchNorm``, would exchange statistics now."""
-    if not hasattr(bn, "process_group"):
+    if not bn.training or not hasattr(bn, "process_group"):
         return False
     group: Any = bn.process_group
-    return (
-        bn.training
-        and dist.is_available()
-        and dist.is_initialized()
-        and dist.get_world_size(group) > 1
-    )
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
 
 
 class _Statistics(torch.autograd.Function):

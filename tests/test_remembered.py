@@ -1,0 +1,209 @@
+"""Calls that were checked before take the short way, and nothing but such calls does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+
+import preact
+from preact import autograd, checks, remembered
+from preact import functional as PF
+from preact.backends import available
+
+pytestmark = pytest.mark.skipif(
+    available()["cpp"] != "", reason=f"no native kernels: {available()['cpp']}"
+)
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_new_process(monkeypatch):
+    monkeypatch.setattr(remembered, "_calls", {})
+
+
+@pytest.fixture
+def checked(monkeypatch):
+    """How many calls were checked."""
+    counts = []
+    check = checks.check_norm
+
+    def counting(*arguments):
+        counts.append(1)
+        check(*arguments)
+
+    monkeypatch.setattr(checks, "check_norm", counting)
+    return counts
+
+
+@pytest.fixture
+def functions(monkeypatch):
+    """Names of the autograd Functions that ran."""
+    ran = []
+    for function in (autograd.BatchNormReLU, autograd.BatchNormReLUConv2d, autograd.IdentityAdd):
+        forward = function.forward
+
+        def noting(*arguments, forward=forward, name=function.__name__):
+            ran.append(name)
+            return forward(*arguments)
+
+        monkeypatch.setattr(function, "forward", staticmethod(noting))
+    return ran
+
+
+def prefix_and_input(**options):
+    torch.manual_seed(0)
+    module = preact.BatchNormReLUConv2d(8, 6, 3, padding=1, **options)
+    return module, torch.randn(4, 8, 6, 6)
+
+
+CALLS = {
+    "norm": lambda: (preact.BatchNormReLU2d(8), torch.randn(4, 8, 6, 6)),
+    "prefix": prefix_and_input,
+    "unit": lambda: (
+        preact.PreActBasicBlock(16, 16).to(memory_format=torch.channels_last),
+        torch.randn(4, 16, 6, 6).to(memory_format=torch.channels_last).requires_grad_(),
+    ),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", CALLS)
+def test_the_second_call_is_not_checked_and_gives_the_same(name, training, checked):
+    module, x = CALLS[name]()
+    module.train(training)
+    outputs = [module(x), module(x)]
+    assert len(checked) == 1
+    assert torch.equal(*outputs)
+
+
+def test_one_that_differs_is_checked(checked):
+    module, x = prefix_and_input()
+    calls = [
+        lambda: module(x),
+        lambda: module(x[:3]),
+        lambda: module(x.contiguous(memory_format=torch.channels_last)),
+        lambda: module(x.double().float().requires_grad_()),
+        lambda: module(x, torch.randn(4, 6, 6, 6)),
+        lambda: module(x, torch.randn(4, 6, 1, 1)),
+        lambda: module.eval()(x),
+        lambda: module.norm.requires_grad_(False) and module(x),
+        lambda: setattr(module.norm, "eps", 1e-3) or module(x),
+        lambda: setattr(module.conv, "padding", (0, 0)) or module(x),
+        lambda: setattr(module.conv, "bias", nn.Parameter(torch.zeros(6))) or module(x),
+    ]
+    for count, call in enumerate(calls, 1):
+        call()
+        call()
+        assert len(checked) == count
+    for count, context in enumerate((torch.no_grad, torch.inference_mode), len(calls) + 1):
+        with context():
+            module(x)
+        assert len(checked) == min(count, len(calls) + 1), "both are without gradients"
+    for context in (preact.use_plan("A"), torch.autocast("cpu", torch.bfloat16)):
+        before = len(checked)
+        with context:
+            module(x)
+        assert len(checked) == before + 1
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_was_remembered_still_refuses(grad):
+    module, x = prefix_and_input(bias=True)
+    residual = torch.randn(4, 6, 6, 6)
+    with torch.set_grad_enabled(grad):
+        module(x, residual)
+        before = module.norm.running_mean.clone(), module.norm.running_var.clone()
+        for owner, name, bad, error in [
+            (module.norm.weight, "data", torch.ones(5), RuntimeError),
+            (module.norm.bias, "data", torch.ones(8).double(), RuntimeError),
+            (module.norm, "eps", 0.0, ValueError),
+            (module.conv.weight, "data", torch.ones(6, 7, 3, 3), RuntimeError),
+            (module.conv.weight, "data", torch.ones(6, 8, 3, 3, device="meta"), RuntimeError),
+            (module.conv.bias, "data", torch.ones(7), RuntimeError),
+        ]:
+            saved = getattr(owner, name)
+            if isinstance(bad, torch.Tensor) and bad.device.type == "meta":
+                module.conv.weight = nn.Parameter(bad)
+            else:
+                setattr(owner, name, bad)
+            with pytest.raises(error):
+                module(x, residual)
+            if isinstance(bad, torch.Tensor) and bad.device.type == "meta":
+                module.conv.weight = owner
+            else:
+                setattr(owner, name, saved)
+        with pytest.raises(RuntimeError, match="residual"):
+            module(x, residual[:3])
+        with pytest.raises(ValueError, match="more than 1 value"):
+            module(x[:1, :, :1, :1])
+    for running, kept in zip(
+        (module.norm.running_mean, module.norm.running_var), before, strict=True
+    ):
+        assert torch.equal(running, kept)
+    module(x, residual)
+
+
+def test_no_function_where_nobody_asks_for_a_gradient(functions):
+    module, x = prefix_and_input()
+    norm = preact.BatchNormReLU2d(8)
+    frozen = prefix_and_input()[0].requires_grad_(False)
+    for _ in range(2):
+        with torch.no_grad():
+            module(x), norm(x)
+            PF.identity_add(x, x, return_statistics=True)
+        with torch.inference_mode():
+            module(x)
+        assert not frozen(x).requires_grad
+        PF.identity_add(x, x, return_statistics=True)
+    assert functions == []
+    frozen(x.clone().requires_grad_()).sum().backward()
+    module(x), norm(x)
+    PF.identity_add(x, x.clone().requires_grad_(), return_statistics=True)
+    assert functions == [
+        "BatchNormReLUConv2d", "BatchNormReLUConv2d", "BatchNormReLU", "IdentityAdd",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_same_without_gradients_as_with(training):
+    results = []
+    for grad in (True, False):
+        module, x = prefix_and_input(bias=True)
+        module.train(training)
+        with torch.set_grad_enabled(grad):
+            output = module(x, torch.ones(4, 6, 6, 6))
+        results.append([output.detach(), *module.buffers()])
+    for with_them, without in zip(*results, strict=True):
+        assert torch.equal(with_them, without)
+
+
+def test_forward_mode_is_refused_and_never_silently_wrong():
+    """A tangent that an op without a formula dropped would be a gradient of zero."""
+    module, x = prefix_and_input()
+    module.eval().requires_grad_(False)
+    module(x)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            module(dual)
+
+
+def test_a_stride_given_as_a_list(checked):
+    module, x = prefix_and_input()
+    norm = module.norm.eval()
+    vectors = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    outputs = [
+        PF.batch_norm_relu_conv2d(x, *vectors, module.conv.weight, None, stride)
+        for stride in ([2, 2], [2, 2], (2, 2))
+    ]
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+
+
+def test_what_is_kept_stays_bounded(monkeypatch):
+    monkeypatch.setattr(remembered, "_MOST", 3)
+    module, x = prefix_and_input()
+    for batch in range(1, 5):
+        module(x[:batch])
+    assert len(remembered._calls) <= 3
