@@ -18,6 +18,7 @@ from .arguments import Conv, Norm, Pool
 from .prefix import Affine, cast_like, differentiable_backward, eager_prefix
 from .reference import memory_format_of
 from .reference_pool import NOWHERE
+from .running_stats import update_running_stats
 
 
 class BatchNormReLUPool2d(torch.autograd.Function):
@@ -106,5 +107,5 @@ def batch_norm_relu_pool2d(
         input, mean, var, norm.weight, norm.bias, norm.eps, norm.training, pool
     )
     if norm.training:
-        functional.update_running(norm, (mean, var), functional.values_per_channel(input))
+        update_running_stats([norm], [(mean, var)], functional.values_per_channel(input))
     return output if conv is None else functional.eager_conv(output, conv)
