@@ -47,6 +47,7 @@ def key_of(
         or not input.is_cpu
         or input.layout is not torch.strided
         or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
         or carries_tangents()
     ):
         return None
