@@ -228,8 +228,13 @@ void backward_blocks(const cpu::TileBackward& task, const BackwardBuffers& buffe
     stage_pairs(TileCopy{origin},
                 {s.out_h, out_columns, s.out_channels, out, layout.columns * out, 0, 0, 1}, paired,
                 paired.steps * 16, buffers.grad_pairs);
-    weight_gradient(s, paired, task.staged, buffers.pairs, buffers.planes, buffers.grad_pairs,
-                    block == begin, grad_weight);
+    if (cpu::turns_gradient(s)) {
+      turned_weight_gradient(s, paired, buffers.pairs, buffers.planes, buffers.grad_pairs,
+                             block == begin, grad_weight);
+    } else {
+      weight_gradient(s, paired, task.staged, buffers.pairs, buffers.planes, buffers.grad_pairs,
+                      block == begin, grad_weight);
+    }
   }
   sums.flush();
 }

@@ -62,16 +62,26 @@ void unpack_weight_sums(const float* sums, int64_t chunks, const WeightStrides& 
   const int64_t taps = shape.taps(), size = weight_sums(shape);
   const int64_t rows = group_of(shape.in_channels), columns = group_of(shape.out_channels);
   const int64_t in_groups = padded(shape.in_channels) / rows;
-  const int64_t blocks = padded(shape.out_channels) / columns * in_groups * taps;
+  const int64_t out_groups = padded(shape.out_channels) / columns;
+  const int64_t blocks = out_groups * in_groups * taps;
+  const bool turned = turns_gradient(shape);
   const auto channel = [](int64_t lane, int64_t group) {
     return group == 16 ? lane : lane % 16 * 2 + lane / 16;
   };
   constexpr int64_t kGrain = 8, kMost = 32 * 32;
   torch::stable::parallel_for(0, blocks, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
+      const float* part = sums + block * rows * columns;
+      if (turned) {  // inputs of a 1x1 weight stand side by side in every layout
+        const int64_t first_out = block % out_groups * columns,
+                      first_in = block / out_groups * rows;
+        amx::unpack_turned(part, chunks, size, shape.out_channels - first_out,
+                           shape.in_channels - first_in, strides.out,
+                           gradient + first_out * strides.out + first_in);
+        continue;
+      }
       const int64_t t = block % taps, first_in = block / taps % in_groups * rows;
       const int64_t first_out = block / taps / in_groups * columns;
-      const float* part = sums + block * rows * columns;
       W* const to = gradient + t / shape.kernel_w * strides.y + t % shape.kernel_w * strides.x;
       if (rows == 32 && columns == 32 && strides.in == 1) {
         amx::unpack_rows(part, chunks, size, shape.out_channels - first_out,

@@ -88,17 +88,25 @@ std::vector<Gather> backward_gathers(const Conv2dShape& s, const Staged& grad_ou
 
 DirectBlocks DirectBlocks::of(const Conv2dShape& shape) {
   // A block of a pointwise convolution: its pixels of one group of channels fit the first-level
-  // cache, and are a multiple of every tile's width.
-  constexpr int64_t kPixels = 224;
+  // cache, and are a multiple of every tile's width where there are many.
+  constexpr int64_t kPixels = 224, kFew = 16;
   const bool pointwise = shape.taps() == 1 && shape.stride_h == 1 && shape.stride_w == 1 &&
                          shape.padding_h == 0 && shape.padding_w == 0;
   if (!pointwise) return {shape, 0};
   const int64_t pixels = shape.batch * shape.in_h * shape.in_w;
   Conv2dShape flat = shape;
   flat.batch = (pixels + kPixels - 1) / kPixels;
+  int64_t size = kPixels;
+  if (flat.batch < kFew) {
+    // A few shall not leave a thread without work: an even number of nearly one size.
+    if (flat.batch > 1) flat.batch += flat.batch % 2;
+    size = (pixels + flat.batch - 1) / flat.batch;
+    size += (4 - size % 4) % 4;
+    flat.batch = (pixels + size - 1) / size;
+  }
   flat.in_h = flat.out_h = 1;
-  flat.in_w = flat.out_w = kPixels;
-  return {flat, flat.batch * kPixels - pixels};
+  flat.in_w = flat.out_w = size;
+  return {flat, flat.batch * size - pixels};
 }
 
 float* scratch(Slot slot, int64_t size) {

@@ -83,3 +83,20 @@ void unpack_rows(const float* sums, int64_t chunks, int64_t size, int64_t output
     }
   }
 }
+
+// The same of sums that are rows of inputs already.
+template <typename W>
+void unpack_turned(const float* sums, int64_t chunks, int64_t size, int64_t outputs, int64_t inputs,
+                   int64_t stride, W* to) {
+  const __mmask32 lanes = first_lanes(inputs);
+  for (int64_t lane = 0; lane < 32; ++lane, sums += 32) {
+    const int64_t o = lane % 16 * 2 + lane / 16;
+    if (o >= outputs) continue;
+    Floats evens = _mm512_loadu_ps(sums), odds = _mm512_loadu_ps(sums + 16);
+    for (int64_t chunk = 1; chunk < chunks; ++chunk) {
+      evens += _mm512_loadu_ps(sums + chunk * size);
+      odds += _mm512_loadu_ps(sums + chunk * size + 16);
+    }
+    store_row(to + o * stride, lanes, evens, odds);
+  }
+}

@@ -52,6 +52,35 @@ __attribute__((noinline)) void weight_tiles(const char* const* taps, int64_t pla
   if constexpr (kSums > 3) tile_store<3>(sums + fourth, kRow);
 }
 
+// Pairs of `tiles` groups of 16 channels become planes.
+inline void turn_pairs(const BFloat16* pairs, int64_t tiles, int64_t count, char* planes,
+                       int64_t plane_bytes) {
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    for (int64_t pair = 0; pair < count; pair += 16) {
+      transpose_words(pairs + (tile * count + pair) * 32,
+                      planes + tile * 16 * plane_bytes + pair * 4, plane_bytes);
+    }
+  }
+}
+
+// Where turns_gradient: the gradient's pairs become planes.
+inline void turned_weight_gradient(const Conv2dShape& s, const cpu::PairedPixels& paired,
+                                   const BFloat16* pairs, char* planes, const BFloat16* grad_pairs,
+                                   bool fresh, float* sums) {
+  const int64_t in = cpu::padded(s.in_channels), out = cpu::padded(s.out_channels);
+  turn_pairs(grad_pairs, out / 16, paired.steps * 16, planes, paired.plane_bytes);
+  static const TileConfig config(16, false);
+  tile_configure(config);
+  const int64_t tile = paired.pairs * 32;
+  for (int64_t c = 0; c < in; c += 32) {
+    for (int64_t o = 0; o < out; o += 32, sums += 32 * 32) {
+      const char* const from = planes + o * paired.plane_bytes;
+      weight_tiles<2, 2, 1>(&from, paired.plane_bytes, pairs + c / 16 * tile, tile, paired.steps,
+                            fresh, sums);
+    }
+  }
+}
+
 // Adds the weight gradient of one block to sums, or where `fresh` writes it there: its pairs become
 // planes, and every tap of every two groups of channels runs through all pixels.
 inline void weight_gradient(const Conv2dShape& s, const cpu::PairedPixels& paired,
@@ -59,12 +88,7 @@ inline void weight_gradient(const Conv2dShape& s, const cpu::PairedPixels& paire
                             const BFloat16* grad_pairs, bool fresh, float* sums) {
   const int64_t in = cpu::padded(s.in_channels), out = cpu::padded(s.out_channels);
   const int64_t rows = cpu::group_of(s.in_channels), columns = cpu::group_of(s.out_channels);
-  for (int64_t tile = 0; tile < paired.phases() * in / 16; ++tile) {
-    for (int64_t pair = 0; pair < paired.pairs; pair += 16) {
-      transpose_words(pairs + (tile * paired.pairs + pair) * 32,
-                      planes + tile * 16 * paired.plane_bytes + pair * 4, paired.plane_bytes);
-    }
-  }
+  turn_pairs(pairs, paired.phases() * in / 16, paired.pairs, planes, paired.plane_bytes);
   std::vector<int64_t> starts;  // of each tap in the planes, in bytes
   for (int64_t ky = 0; ky < s.kernel_h; ++ky) {
     for (int64_t kx = 0; kx < s.kernel_w; ++kx) {

@@ -83,9 +83,19 @@ struct Pack {
     return value;
   }
   static PREACT_INLINE reg load(const BFloat16* p) {
+    // Spelt out: GCC widens the halves of a vector one by one.
+#if PREACT_VECTOR_BYTES == 64
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const auto wide = reinterpret_cast<WordVector>(_mm512_maskz_cvtepu16_epi32(0xffff, bits));
+#elif PREACT_VECTOR_BYTES == 32
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    const auto wide = reinterpret_cast<WordVector>(_mm256_cvtepu16_epi32(bits));
+#else
     HalfwordVector bits;
     std::memcpy(&bits, p, sizeof bits);
-    const WordVector words = __builtin_convertvector(bits, WordVector) << 16;
+    const WordVector wide = __builtin_convertvector(bits, WordVector);
+#endif
+    const WordVector words = wide << 16;
     reg value;
     std::memcpy(&value, &words, sizeof value);
     return value;
