@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as _module_globals
 
 from ._folding import find_folds, insert_folds
 from ._matching import match
@@ -23,18 +22,10 @@ from ._rewriting import rewrite, to_function
 from ._shadow import KEY, MISSING, TracingError, original_class, same
 from ._symbols import Signature, kind_of
 from ._tracing import trace
+from .hooks import GLOBAL_HOOKS
 
 _MAX_PLANS = 8
 _FREE_BUILDS = 32
-_GLOBAL_HOOKS: tuple[Any, ...] = tuple(
-    getattr(_module_globals, name)
-    for name in (
-        "_global_forward_hooks",
-        "_global_forward_pre_hooks",
-        "_global_backward_hooks",
-        "_global_backward_pre_hooks",
-    )
-)
 
 
 class Plan:
@@ -195,7 +186,7 @@ def _select(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     state = block.__dict__.get(KEY)
     if state is None or "_is_replica" in block.__dict__:
         return None
-    for hooks in _GLOBAL_HOOKS:
+    for hooks in GLOBAL_HOOKS:
         if hooks:
             return None
     kinds = tuple([kind_of(arg) for arg in args])

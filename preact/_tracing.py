@@ -33,8 +33,7 @@ from ._symbols import (
     modes,
     no_random_numbers,
 )
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+from .hooks import HOOKS
 
 # A graph holds the operations alone, so what runs inside these would lose its meaning.
 _WRAPPERS = {

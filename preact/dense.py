@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, functional, identity_unit, plans, remembered
+from . import checks, functional, identity_units, plans, remembered
 from .arguments import Conv, Norm
 from .prefix import Affine, differentiable_backward, eager_prefix
-from .reference_unit import NUMBERS, TENSORS, geometry_of
+from .reference_units import NUMBERS, TENSORS, geometry_of
 from .running_stats import update_running_stats
 
 DenseLayer = tuple[Norm, Conv, Norm, Conv]
@@ -185,7 +185,7 @@ def dense_block(input: Tensor, layers: Sequence[DenseLayer]) -> Tensor:
         geometry = functional.geometry_of(conv)
         assert geometry is not None
         geometries.append(geometry)
-    numbers = identity_unit.flattened(geometries)
+    numbers = identity_units.flattened(geometries)
     settings = Settings(tuple(eps), numbers, torch.is_grad_enabled())
     output: Tensor
     output, mean, var, *inner = DenseBlock.apply(input, settings, *parameters)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import autograd, backends, checks, choice, identity_unit, prefix, remembered
+from . import autograd, backends, checks, choice, identity_units, prefix, remembered
 from .arguments import Conv as Conv
 from .arguments import Norm as Norm
 from .arguments import Statistics as Statistics
@@ -317,12 +317,11 @@ def residual_unit(
     """
     key = None
     if projection is None and not save_activation:
-        norms, inner = zip(*layers, strict=True)
-        key = remembered.key_of(input, norms, inner, statistics or (), residual_unit)
+        key = _key_of_units(input, [layers], statistics)
         prepared = remembered.known(key)
         if prepared is not None:  # the same call was checked before
             first = statistics_of("cpp", input, layers[0][0], statistics)
-            return identity_unit.run(input, layers, prepared, first, return_statistics)
+            return identity_units.run(input, layers, prepared, first, return_statistics)
     checks.check_norm(input, layers[0][0])
     checks.check_statistics(input, statistics)
     if projection is not None:
@@ -347,10 +346,10 @@ def residual_unit(
 
     first = statistics_of(backend, input, layers[0][0], statistics)
     if key is not None and backend == "cpp":
-        prepared = identity_unit.settings_for(input, layers, geometries)
+        prepared = identity_units.settings_for(input, layers, geometries)
         if prepared is not None:
             remembered.remember(key, prepared)
-            return identity_unit.run(input, layers, prepared, first, return_statistics)
+            return identity_units.run(input, layers, prepared, first, return_statistics)
     parameters: list[Tensor | None] = []
     for index, (norm, conv) in enumerate(layers):
         known: tuple[Tensor | None, Tensor | None] = first
@@ -376,6 +375,48 @@ def residual_unit(
             batch, _, height, width = shapes[index]
             update_running_stats([norm], [own], batch * height * width)
     return output, handed_on
+
+
+def residual_units(
+    input: Tensor,
+    units: Sequence[Sequence[tuple[Norm, Conv]]],
+    *,
+    statistics: Statistics | None = None,
+    return_statistics: bool = False,
+) -> tuple[Tensor, Statistics | None]:
+    """``residual_unit`` of each of ``units`` in turn, all around an identity shortcut.
+
+    Each hands the statistics of its sum on to the next. Where the same call ran before and each
+    unit was one op, all of them are. Returns what the last unit returns.
+    """
+    layers = [layer for unit in units for layer in unit]
+    key = _key_of_units(input, units, statistics)
+    prepared = remembered.known(key)
+    if prepared is not None:
+        first = statistics_of("cpp", input, layers[0][0], statistics)
+        return identity_units.run(input, layers, prepared, first, return_statistics)
+    found = []
+    for index, unit in enumerate(units):
+        last = index + 1 == len(units)
+        its_own = _key_of_units(input, [unit], statistics)
+        input, statistics = residual_unit(
+            input, unit, statistics=statistics,
+            return_statistics=return_statistics if last else units[index + 1][0][0].training,
+        )  # fmt: skip
+        found.append(remembered.known(its_own))
+    if None not in found:
+        remembered.remember(key, identity_units.joined(found))
+    return input, statistics
+
+
+def _key_of_units(
+    input: Tensor,
+    units: Sequence[Sequence[tuple[Norm, Conv]]],
+    statistics: Statistics | None,
+) -> remembered.Key | None:
+    norms, convs = zip(*(layer for unit in units for layer in unit), strict=True)
+    depths = tuple(map(len, units))
+    return remembered.key_of(input, norms, convs, statistics or (), residual_units, depths)
 
 
 def _unit_of_prefixes(

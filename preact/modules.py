@@ -149,6 +149,34 @@ def fused_unit(
     return output, handed_on
 
 
+def fused_units(
+    input: Tensor,
+    units: Sequence[Sequence[Layer]],
+    statistics: Statistics | None = None,
+    return_statistics: bool = False,
+) -> tuple[Tensor, Statistics | None]:
+    """``fused_unit`` of each of ``units``, around an identity shortcut, on what is before it."""
+    norms = [bn for layers in units for bn, _ in layers]
+    if any(map(is_synchronised, norms)):
+        for layers in units:
+            input, statistics = fused_unit(input, layers, None, False, statistics)
+        return input, statistics
+    found = functional.residual_units(
+        input,
+        [
+            [
+                (_norm_of(bn, input if bn is norms[0] else None), _conv_of(conv))
+                for bn, conv in layers
+            ]
+            for layers in units
+        ],
+        statistics=statistics,
+        return_statistics=return_statistics,
+    )
+    _count_batch(*norms)
+    return found
+
+
 def fused_dense_block(
     input: Tensor,
     layers: Sequence[tuple[BatchNorm, nn.Conv2d, BatchNorm, nn.Conv2d]],

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference, reference_dense, reference_pool, reference_unit
+from . import reference, reference_dense, reference_pool, reference_units
 
 _NORM = "Tensor mean, Tensor var, Tensor? weight, Tensor? bias"
 _CONV = "int[2] stride, int[2] padding, int[2] dilation, int groups"
@@ -64,12 +64,12 @@ SCHEMAS: dict[str, str] = {
 
 # Several of those in a row, of the native backend alone: what they save is the way to Python.
 COMPOSED: dict[str, str] = {
-    "residual_unit": (
-        "(Tensor input, Tensor?[] parameters, float[] eps, int[] geometries) -> Tensor[]"
+    "residual_units": (
+        "(Tensor input, Tensor?[] parameters, float[] eps, int[] geometries, int depth) -> Tensor[]"
     ),
-    "residual_unit_backward": (
+    "residual_units_backward": (
         "(Tensor grad_output, Tensor[] inputs, Tensor?[] parameters, float[] eps,"
-        " int[] batch_stats, int[] geometries) -> Tensor[]"
+        " int[] batch_stats, int[] geometries, int depth) -> Tensor[]"
     ),
     "update_running_stats": (
         "(Tensor(a!)[] running, Tensor[] batch, float[] momenta, int count) -> ()"
@@ -232,7 +232,7 @@ def define(
 _library = define("preact", lambda name: getattr(reference, name), _PARTLY_NATIVE)
 
 for _schemas, _formulas in (
-    (COMPOSED, reference_unit), (POOLED, reference_pool), (DENSE, reference_dense),
+    (COMPOSED, reference_units), (POOLED, reference_pool), (DENSE, reference_dense),
 ):  # fmt: skip
     for _name, _schema in _schemas.items():
         _formula = getattr(_formulas, _name)

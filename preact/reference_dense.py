@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .reference_unit import NUMBERS, TENSORS, geometry_of
+from .reference_units import NUMBERS, TENSORS, geometry_of
 
 
 class _Half(NamedTuple):
@@ -52,8 +52,8 @@ def dense_block(
     """All features ``[N, C + growths, H, W]``, their mean and variance, mean and variance of each
     bottleneck in turn, and with ``save`` the bottlenecks.
 
-    ``parameters`` and ``geometries`` are those of ``reference_unit``, two of each a layer; mean and
-    var are None where a norm takes the batch's own.
+    ``parameters`` and ``geometries`` are those of ``reference_units``, two of each a layer; mean
+    and var are None where a norm takes the batch's own.
     """
     halves = _halves(parameters, eps, geometries)
     start, accumulate = input.size(1), reference.accumulate_dtype(input.dtype)

@@ -14,7 +14,7 @@ from benchmarks.records import read_records
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        ("preact::residual_unit_backward", "fused"),
+        ("preact::residual_units_backward", "fused"),
         ("preact::batch_norm_relu_conv2d_into", "fused"),
         ("preact::batch_norm_relu_backward_apply", "passes"),
         ("preact::update_running_stats", "passes"),

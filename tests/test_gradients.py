@@ -130,7 +130,7 @@ class CountConvolutionBackward(TorchDispatchMode):
         if func is torch.ops.preact.batch_norm_relu_conv2d_backward.default:
             self.counts = [self.counts[0] + 1, self.counts[1] + 1, self.counts[2]]
             self.reduces += 1
-        if func is torch.ops.preact.residual_unit_backward.default:
+        if func is torch.ops.preact.residual_units_backward.default:
             layers = len(args[1])
             self.counts = [self.counts[0] + layers, self.counts[1] + layers, self.counts[2]]
             self.reduces += layers

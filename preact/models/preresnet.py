@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional import Statistics
-from ..modules import batch_norm, fused_batch_norm_relu
+from ..modules import batch_norm, fused_batch_norm_relu, fused_units
 from .units import LAYERS, ResidualUnit, arrangement, out_channels
 
 IMAGENET = {
@@ -29,9 +30,19 @@ class PreActStage(nn.Sequential):
     def forward(
         self, input: Tensor, statistics: Statistics | None = None
     ) -> tuple[Tensor, Statistics | None]:
-        for unit in self:
-            input, statistics = unit(input, statistics, return_statistics=True)
+        for together, run in itertools.groupby(self, key=_joins_its_like):
+            units = list(run)
+            if together:
+                layers = [unit.layers() for unit in units if isinstance(unit, ResidualUnit)]
+                input, statistics = fused_units(input, layers, statistics, units[-1].training)
+                continue
+            for unit in units:
+                input, statistics = unit(input, statistics, return_statistics=True)
         return input, statistics
+
+
+def _joins_its_like(unit: nn.Module) -> bool:
+    return type(unit) is ResidualUnit and unit.joins_its_like()
 
 
 class PreResNet(nn.Module):

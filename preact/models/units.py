@@ -15,7 +15,15 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..functional import Statistics
-from ..modules import BatchNorm, batch_norm, fused_batch_norm_relu, fused_unit, linked_prefix
+from ..hooks import is_called_plainly
+from ..modules import (
+    BatchNorm,
+    Layer,
+    batch_norm,
+    fused_batch_norm_relu,
+    fused_unit,
+    linked_prefix,
+)
 from . import shortcuts
 from .shortcuts import Factor, Shortcut, ZeroPad
 
@@ -187,13 +195,24 @@ class ResidualUnit(nn.Module):
         if self._is_one_function():
             projection = self.shortcut
             assert projection is None or isinstance(projection, nn.Conv2d)
-            layers = list(zip(self.norms, self.convs, strict=True))
             output, found = fused_unit(
-                input, layers, projection, self.save_activation, statistics, wanted
+                input, self.layers(), projection, self.save_activation, statistics, wanted
             )
         else:
             output, found = self._run(input, statistics, wanted)
         return (output, found) if return_statistics else output
+
+    def joins_its_like(self) -> bool:
+        """Whether it may run together with units before and after it, as one function."""
+        return (
+            self.shortcut is None
+            and not self.save_activation
+            and self._is_one_function()
+            and is_called_plainly(self)
+        )
+
+    def layers(self) -> list[Layer]:
+        return list(zip(self.norms, self.convs, strict=True))
 
     def _is_one_function(self) -> bool:
         """Whether ``functional.residual_unit`` is the whole of it."""

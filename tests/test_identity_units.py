@@ -1,4 +1,4 @@
-"""The identity unit's own ops: the same results as the ops one by one, and when they run."""
+"""Identity units' own ops: the same results as the ops one by one, and when they run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import preact
-from preact import reference_unit
+from preact import reference_units
 from preact.backends import cpp
 
 from .tolerances import assert_as_good_as_eager
@@ -30,29 +30,30 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def operands(dtype=torch.float32, weight_dtype=None, affine=True, own=True):
-    """Arguments of the forward for two layers of 16 and 24 channels."""
+def operands(dtype=torch.float32, weight_dtype=None, affine=True, own=True, units=1):
+    """Arguments of the forward for units of two layers, of 16 and 24 channels."""
     torch.manual_seed(0)
     x = torch.randn(4, 16, 6, 7).to(dtype).to(memory_format=torch.channels_last)
     mean, var = OPS.batch_norm_stats(x)
-    known = (None, None) if own else (torch.randn(24), torch.rand(24) + 0.5)
-    vectors = [(torch.rand(c) + 0.5, torch.randn(c)) if affine else (None, None) for c in (16, 24)]
-    weights = [
-        torch.randn(shape).to(weight_dtype or dtype) / 12
-        for shape in ((24, 16, 3, 3), (16, 24, 3, 3))
-    ]
-    parameters = [mean, var, *vectors[0], weights[0], *known, *vectors[1], weights[1]]
-    return x, parameters, [1e-5, 1e-3], [1, 1, 1, 1, 1, 1, 1] * 2
+    parameters = []
+    for c, out in [(16, 24), (24, 16)] * units:
+        known = (None, None) if own else (torch.randn(c), torch.rand(c) + 0.5)
+        parameters += known if parameters else (mean, var)
+        parameters += (torch.rand(c) + 0.5, torch.randn(c)) if affine else (None, None)
+        parameters.append(torch.randn(out, c, 3, 3).to(weight_dtype or dtype) / 12)
+    return x, parameters, [1e-5, 1e-3] * units, [1, 1, 1, 1, 1, 1, 1] * 2 * units, 2
 
 
 def backward_operands(**options):
-    x, parameters, eps, geometries = operands(**options)
-    found = reference_unit.residual_unit(x, parameters, eps, geometries)
-    inner, mean, var = found[3:6]
-    if parameters[5] is None:
-        parameters = [*parameters[:5], mean, var, *parameters[7:]]
-    own = int(options.get("own", True))
-    return torch.randn_like(x), [x, inner], parameters, eps, [own, own], geometries
+    x, parameters, eps, geometries, depth = operands(**options)
+    found = reference_units.residual_units(x, parameters, eps, geometries, depth)
+    inputs, own = [x], options.get("own", True)
+    for index in range(1, len(eps)):
+        inner, *statistics = found[3 * index : 3 * index + 3]
+        inputs.append(inner)
+        if own:
+            parameters[5 * index : 5 * index + 2] = statistics
+    return torch.randn_like(x), inputs, parameters, eps, [int(own)] * len(eps), geometries, depth
 
 
 CASES = {
@@ -61,6 +62,9 @@ CASES = {
     "autocast": {"dtype": torch.bfloat16, "weight_dtype": torch.float32},
     "plain": {"affine": False},
     "evaluation": {"own": False},
+    "two units": {"units": 2},
+    "two units, autocast": {"units": 2, "dtype": torch.bfloat16, "weight_dtype": torch.float32},
+    "two units, evaluation": {"units": 2, "own": False},
 }
 
 
@@ -72,13 +76,13 @@ def doubled(value):
 
 @needs_native
 @pytest.mark.parametrize("case", list(CASES))
-@pytest.mark.parametrize("name", ["residual_unit", "residual_unit_backward"])
+@pytest.mark.parametrize("name", ["residual_units", "residual_units_backward"])
 def test_ops_equal_the_formulas(name, case):
-    make = operands if name == "residual_unit" else backward_operands
+    make = operands if name == "residual_units" else backward_operands
     arguments = make(**CASES[case])
     found = getattr(OPS, name)(*arguments)
-    eager = getattr(reference_unit, name)(*arguments)
-    exact = getattr(reference_unit, name)(*doubled(list(arguments)))
+    eager = getattr(reference_units, name)(*arguments)
+    exact = getattr(reference_units, name)(*doubled(list(arguments)))
     terms = max(float(result.abs().max()) for result in exact)
     for index, (ours, theirs, reference) in enumerate(zip(found, eager, exact, strict=True)):
         assert ours.dtype == theirs.dtype
@@ -89,8 +93,8 @@ def test_ops_equal_the_formulas(name, case):
 @pytest.mark.parametrize("name", list(preact.ops.COMPOSED))
 def test_opcheck(name):
     arguments = {
-        "residual_unit": operands(),
-        "residual_unit_backward": backward_operands(),
+        "residual_units": operands(),
+        "residual_units_backward": backward_operands(),
         "update_running_stats": ([torch.zeros(3), torch.ones(3)], [torch.randn(3)] * 2, [0.1], 8),
     }[name]
     torch.library.opcheck(getattr(OPS, name).default, arguments)
@@ -102,7 +106,7 @@ def test_running_statistics(dtype):
     batch = [torch.randn(5), torch.rand(5), torch.randn(5), torch.rand(5)]
     expected = [vector.clone() for vector in running]
     running = [vector.clone() for vector in running]
-    reference_unit.update_running_stats(expected, batch, [0.1, 1.0], 7)
+    reference_units.update_running_stats(expected, batch, [0.1, 1.0], 7)
     OPS.update_running_stats(running, batch, [0.1, 1.0], 7)
     for ours, theirs in zip(running, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -151,10 +155,10 @@ class TestWhenItRuns:
     def test_in_training_and_evaluation(self):
         unit, x = unit_and_input()
         for _ in range(2):  # checked, then remembered
-            assert ran(unit, x).count("residual_unit") == 1
+            assert ran(unit, x).count("residual_units") == 1
         unit.eval()
         with torch.no_grad():
-            assert "residual_unit" in ran(unit, x, backward=False)
+            assert "residual_units" in ran(unit, x, backward=False)
 
     def test_under_autocast(self):
         unit, x = unit_and_input()
@@ -163,7 +167,7 @@ class TestWhenItRuns:
             pytest.skip("this processor convolves bfloat16 in the library")
         with torch.autocast("cpu", torch.bfloat16):
             names = ran(unit, x)
-        assert {"residual_unit", "residual_unit_backward"} <= set(names)
+        assert {"residual_units", "residual_units_backward"} <= set(names)
         assert unit.conv1.weight.grad.dtype == torch.float32
 
     @pytest.mark.parametrize("what", ["frozen", "contiguous", "bias", "plan D", "saved"])
@@ -177,7 +181,7 @@ class TestWhenItRuns:
         if what == "bias":
             unit.conv1.bias = torch.nn.Parameter(torch.zeros(16))
         with preact.use_plan("D" if what == "plan D" else "auto"):
-            assert "residual_unit" not in ran(unit, x)
+            assert "residual_units" not in ran(unit, x)
 
     def test_what_was_remembered_still_refuses(self):
         unit, x = unit_and_input()
@@ -210,3 +214,88 @@ class TestWhenItRuns:
         unit(x)
         with pytest.raises(RuntimeError, match="mean"):
             unit(x, (torch.zeros(3), torch.ones(3)))
+
+
+def stage_and_input(**options):
+    torch.manual_seed(2)
+    units = [preact.models.ResidualUnit(16, 16, **options) for _ in range(3)]
+    stage = preact.models.PreActStage(*units).to(memory_format=torch.channels_last)
+    x = torch.randn(4, 16, 8, 8).to(memory_format=torch.channels_last)
+    return stage, x.requires_grad_()
+
+
+def results(stage, x, **options):
+    """Everything one step leaves behind."""
+    stage.zero_grad()
+    x.grad = None
+    output, statistics = stage(x, **options)
+    (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+    found = {name: p.grad.clone() for name, p in stage.named_parameters()}
+    found |= {name: buffer.clone() for name, buffer in stage.named_buffers()}
+    found |= {"output": output.detach(), "grad_input": x.grad}
+    return found | dict(zip(("mean", "var"), statistics or (), strict=False))
+
+
+@needs_native
+class TestStage:
+    @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+    def test_one_op_gives_what_one_by_one_gives(self, training):
+        stage, x = stage_and_input()
+        stage.train(training)
+        state = {name: value.clone() for name, value in stage.state_dict().items()}
+        steps = []
+        for expected in (3, 1, 1):  # unit by unit the first time
+            stage.load_state_dict(state)
+            with Calls() as calls:
+                steps.append(results(stage, x))
+            for name in ("residual_units", "residual_units_backward"):
+                assert calls.names.count(name) == expected
+        for step in steps[1:]:
+            assert step.keys() == steps[0].keys()
+            for name, value in step.items():
+                assert torch.equal(value, steps[0][name]), name
+        assert ("mean" in steps[0]) == training
+
+    def test_double_backward(self):
+        stage, x = stage_and_input()
+        x = x.detach()[:2, :, :4, :4].contiguous(memory_format=torch.channels_last)
+        stage.eval()
+        gradients = []
+        for _ in range(2):
+            y = x.clone().requires_grad_()
+            (grad,) = torch.autograd.grad(stage(y)[0].square().sum(), y, create_graph=True)
+            gradients.append(torch.autograd.grad(grad.square().sum(), y)[0])
+        torch.testing.assert_close(gradients[1], gradients[0])
+
+    def test_a_unit_that_is_watched_is_called(self):
+        stage, x = stage_and_input()
+        results(stage, x)
+        seen = []
+        stage[1].register_forward_hook(lambda *_: seen.append("forward"))
+        stage[1].register_full_backward_hook(lambda *_: seen.append("backward"))
+        results(stage, x)
+        assert seen == ["forward", "backward"]
+        stage[2].forward = lambda x, statistics, return_statistics: (x * 0, None)
+        assert not stage(x)[0].any()
+
+    def test_other_units_keep_their_place(self):
+        """Between identity units stands one that saves its activations, and one frozen in part."""
+        stage, x = stage_and_input()
+        stage[1].save_activation = True
+        stage[2].convs[0].weight.requires_grad_(False)
+        for _ in range(2):
+            output = stage(x)[0]
+        y, statistics = x, None
+        for unit in stage:
+            y, statistics = unit(y, statistics, return_statistics=True)
+        torch.testing.assert_close(output, y, rtol=0, atol=0)
+
+    def test_what_was_remembered_still_refuses(self):
+        stage, x = stage_and_input()
+        for _ in range(2):
+            stage(x)
+        stage[2].bn2.weight.data = torch.ones(5)
+        before = stage[2].bn1.running_mean.clone()
+        with pytest.raises(RuntimeError, match="weight"):
+            stage(x)
+        assert torch.equal(stage[2].bn1.running_mean, before)

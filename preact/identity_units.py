@@ -1,13 +1,14 @@
-"""The identity unit as one autograd Function around one op each way.
+"""Identity units in sequence as one autograd Function around one op each way.
 
 What ``autograd.ResidualUnit`` does op by op in Python, for the units of which networks are mostly
 made: no projection, no bias, every convolution fused. Between kernels of a millisecond the way
-through Python counts: float32 steps are 1.03 to 1.05 times faster without it, and ``remembered``
-calls come here at once.
+through Python counts, cold as it is each time: ``remembered`` calls come here at once, and the
+units of a stage pass it once for all.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from .autograd import eager_unit
 from .plans import Geometry
 from .prefix import differentiable_backward
 from .reference import memory_format_of
-from .reference_unit import TENSORS
+from .reference_units import TENSORS
 from .running_stats import update_running_stats
 
 Layers = Sequence[tuple[Norm, Conv]]
@@ -34,6 +35,8 @@ class Settings(NamedTuple):
     """The geometries one after the other, as the ops take them."""
     differentiable: bool
     """Whether a backward may follow."""
+    depth: int
+    """Layers of a unit."""
 
 
 def settings_for(
@@ -69,8 +72,19 @@ def settings_for(
         found.append(geometry)
     return Settings(
         tuple(norm.eps for norm, _ in layers), tuple(norm.training for norm, _ in layers),
-        tuple(found), flattened(found), training,
+        tuple(found), flattened(found), training, len(layers),
     )  # fmt: skip
+
+
+def joined(units: Sequence[Settings]) -> Settings | None:
+    """The settings of units in sequence; None where they are not alike enough for one op."""
+    if len({(unit.differentiable, unit.depth) for unit in units}) > 1:
+        return None
+    eps, batch_stats, geometries, numbers, _, _ = (
+        tuple(itertools.chain.from_iterable(values)) if isinstance(values[0], tuple) else ()
+        for values in zip(*units, strict=True)
+    )
+    return Settings(eps, batch_stats, geometries, numbers, units[0].differentiable, units[0].depth)
 
 
 def _like(input: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -82,8 +96,8 @@ def _like(input: Tensor, shape: tuple[int, ...]) -> Tensor:
 def run(
     input: Tensor, layers: Layers, settings: Settings, first: Statistics, return_statistics: bool
 ) -> tuple[Tensor, Statistics | None]:
-    """``functional.residual_unit`` for a unit whose ``settings`` were found; ``first`` are the
-    statistics of its input, or the running ones in evaluation."""
+    """``functional.residual_units`` for units whose ``settings`` were found, ``layers`` those of
+    all; ``first`` are the statistics of ``input``, or the running ones in evaluation."""
     parameters: list[Tensor | None] = []
     for index, (norm, conv) in enumerate(layers):
         vectors: tuple[Tensor | None, Tensor | None] = first
@@ -91,14 +105,16 @@ def run(
             vectors = (None, None) if norm.training else (norm.running_mean, norm.running_var)
         parameters += (*vectors, norm.weight, norm.bias, conv.weight)
     if settings.differentiable:
-        output, *found = IdentityUnit.apply(input, settings, *parameters)
+        output, *found = IdentityUnits.apply(input, settings, *parameters)
     else:
-        whole = torch.ops.preact.residual_unit(input, parameters, settings.eps, settings.numbers)
+        whole = torch.ops.preact.residual_units(
+            input, parameters, settings.eps, settings.numbers, settings.depth
+        )
         output, *found = vectors_of(whole)
     statistics = [*first, *found[2:]]
     trained = [index for index, (norm, _) in enumerate(layers) if norm.training]
     if trained:
-        # An identity unit has as many values per channel all along.
+        # Identity units have as many values per channel all along.
         update_running_stats(
             [layers[index][0] for index in trained],
             [statistics[2 * index : 2 * index + 2] for index in trained],
@@ -112,8 +128,8 @@ def vectors_of(whole: Sequence[Tensor]) -> list[Tensor]:
     return [tensor for index, tensor in enumerate(whole) if index < 3 or index % 3 != 0]
 
 
-class IdentityUnit(torch.autograd.Function):
-    """The sum with its mean and variance, then mean and variance of each inner layer's input.
+class IdentityUnits(torch.autograd.Function):
+    """The last sum with its mean and variance, then those of the input of each layer but the first.
 
     ``parameters`` holds mean, var, weight and bias of each norm and the weight of its convolution,
     which may be wider than ``input``, as under autocast; mean and var are None where an inner layer
@@ -124,8 +140,8 @@ class IdentityUnit(torch.autograd.Function):
     def forward(
         ctx: Any, input: Tensor, settings: Settings, *parameters: Tensor | None
     ) -> tuple[Tensor, ...]:
-        eps, _, _, numbers, _ = settings
-        whole = torch.ops.preact.residual_unit(input, parameters, eps, numbers)
+        eps, _, _, numbers, _, depth = settings
+        whole = torch.ops.preact.residual_units(input, parameters, eps, numbers, depth)
         output, *vectors = vectors_of(whole)
         known = list(parameters)
         for index in range(1, len(eps)):
@@ -139,7 +155,7 @@ class IdentityUnit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        eps, batch_stats, _, numbers, _ = ctx.settings
+        eps, batch_stats, _, numbers, _, depth = ctx.settings
         saved = ctx.saved_tensors
         inputs, parameters = saved[: len(eps)], saved[len(eps) :]
         grad_output = grad_outputs[0]
@@ -152,8 +168,8 @@ class IdentityUnit(torch.autograd.Function):
                 [inputs[0], *parameters],
             )
             return (input, None, *found)
-        input, *found = torch.ops.preact.residual_unit_backward(
-            grad_output, inputs, parameters, eps, batch_stats, numbers
+        input, *found = torch.ops.preact.residual_units_backward(
+            grad_output, inputs, parameters, eps, batch_stats, numbers, depth
         )
         gradients: list[Tensor | None] = [None] * len(parameters)
         for index in range(len(eps)):
@@ -176,10 +192,14 @@ def flattened(geometries: Sequence[Geometry]) -> tuple[int, ...]:
 
 
 def _eager(input: Tensor, settings: Settings, parameters: Sequence[Tensor | None]) -> Tensor:
-    eps, batch_stats, geometries, _, _ = settings
-    arranged: list[Tensor | None] = []
-    for index in range(len(eps)):
-        mean, var, weight, bias, conv = parameters[TENSORS * index : TENSORS * (index + 1)]
-        assert conv is not None
-        arranged += [weight, bias, mean, var, conv.to(input.dtype), None]
-    return eager_unit(input, (eps, batch_stats, geometries, None, True, False, False), (), arranged)
+    eps, batch_stats, geometries, _, _, depth = settings
+    for start in range(0, len(eps), depth):
+        unit = slice(start, start + depth)
+        arranged: list[Tensor | None] = []
+        for index in range(start, start + depth):
+            mean, var, weight, bias, conv = parameters[TENSORS * index : TENSORS * (index + 1)]
+            assert conv is not None
+            arranged += [weight, bias, mean, var, conv.to(input.dtype), None]
+        its_own = (eps[unit], batch_stats[unit], geometries[unit], None, True, False, False)
+        input = eager_unit(input, its_own, (), arranged)
+    return input

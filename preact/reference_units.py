@@ -1,4 +1,4 @@
-"""The identity unit's formulas: those of ``reference`` in the order in which a unit runs them."""
+"""Formulas of identity units in sequence: those of ``reference`` in the order of the units."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ def geometry_of(numbers: Sequence[int]) -> tuple[list[int], list[int], list[int]
     return list(numbers[:2]), list(numbers[2:4]), list(numbers[4:6]), numbers[6]
 
 
-def residual_unit(
+def residual_units(
     input: Tensor,
     parameters: Sequence[Tensor | None],
     eps: Sequence[float],
     geometries: Sequence[int],
+    depth: int,
 ) -> list[Tensor]:
-    """BN-ReLU-conv for each layer, plus ``input``; the sum, its mean and variance, and then input,
-    mean and variance of each layer but the first.
+    """BN-ReLU-conv for each of ``depth`` layers, plus the unit's input, for each unit; the last
+    sum, its mean and variance, and then input, mean and variance of each layer but the first.
 
     A layer whose mean and var are None takes its input's own statistics, the first must have them.
     Weights of convolutions may be of another type than ``input``, which is computed in.
     """
-    x = input
+    x = shortcut = input
     found: list[Tensor] = []
     inner: list[Tensor] = []
     for index, one in enumerate(eps):
@@ -39,34 +40,38 @@ def residual_unit(
         if mean is None or var is None:
             mean, var = found[1:]
         assert conv is not None
-        last = index + 1 == len(eps)
+        last = (index + 1) % depth == 0
         found = list(
             reference.batch_norm_relu_conv2d(
                 x, mean, var, weight, bias, one, conv.to(input.dtype), None,
-                input if last else None,
+                shortcut if last else None,
                 *geometry_of(geometries[NUMBERS * index : NUMBERS * (index + 1)]),
             )
         )  # fmt: skip
         x = found[0]
-        if not last:
+        if last:
+            shortcut = x
+        if index + 1 < len(eps):
             inner += found
     return [*found, *inner]
 
 
-def residual_unit_backward(
+def residual_units_backward(
     grad_output: Tensor,
     inputs: Sequence[Tensor],
     parameters: Sequence[Tensor | None],
     eps: Sequence[float],
     batch_stats: Sequence[int],
     geometries: Sequence[int],
+    depth: int,
 ) -> list[Tensor]:
-    """Gradient of the unit's input, then of each layer those of weight, bias and the conv's weight.
+    """Gradient of the first unit's input, then of each layer those of weight, bias and the conv's
+    weight.
 
     ``inputs`` are the layers'; ``parameters`` hold every mean and var, ``batch_stats`` says which
     are the input's own. A parameter's gradient has its type.
     """
-    grad = grad_output
+    grad = grad_sum = grad_output
     gradients: list[Tensor] = []
     pending: tuple[Tensor | None, Tensor | None] = (None, None)
     for index in reversed(range(len(eps))):
@@ -82,16 +87,17 @@ def residual_unit_backward(
         sums: tuple[Tensor | None, Tensor | None] = (None, None)
         if batch_stats[index]:
             sums = (grad_weight, grad_bias)
-        if index > 0:
+        if index % depth > 0:
             grad = grad_z
             pending = (
                 x,
                 reference.batch_norm_backward_coefficients(x, mean, var, weight, *sums, eps[index]),
             )
         else:
-            grad = reference.batch_norm_relu_backward_apply(
-                grad_z, x, mean, var, weight, bias, *sums, grad_output, eps[index]
+            grad = grad_sum = reference.batch_norm_relu_backward_apply(
+                grad_z, x, mean, var, weight, bias, *sums, grad_sum, eps[index]
             )
+            pending = (None, None)
         gradients[:0] = [
             grad_weight if weight is None else grad_weight.to(weight.dtype),
             grad_bias if bias is None else grad_bias.to(bias.dtype),
