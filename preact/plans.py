@@ -4,8 +4,9 @@ The plans A to E are those of ``costs``. Without a forced one each convolution i
 forward and backward: on a GPU by what is faster there, measured on the device at the first call of
 a shape class, as ``cudnn.benchmark`` does, and kept as the configurations of ``tuning`` are. Where
 measuring is off (``PREACT_TUNE=off``, deterministic algorithms, a CUDA graph being captured) the
-model of ``costs`` decides. On a CPU written limits do, so that a run rounds as the one before it,
-unless ``PREACT_TUNE=measure`` asks for what is clearly faster near them; never while compiling.
+model of ``costs`` decides. On a CPU written limits do, but for convolutions near them of enough work
+to matter: those are measured too, once, and depart from the limit for a clear gain alone, so that a
+run rounds as the one before it. Nothing is measured while compiling or tracing.
 
 ``use_plan`` and ``PREACT_PLAN`` force one plan on every convolution that its kernels can serve:
 A keeps the activation for backward, B computes it again, C to E fuse the convolution.
@@ -29,9 +30,10 @@ from .reference import memory_format_of
 Geometry = cpp.Geometry
 NAMES = ("auto", *costs.PLANS)
 _OWN = ("C", "D", "E")
-# On a CPU: how far from its written limit a convolution is measured, as a factor of its weights,
-# and the share of the written choice's time that another must stay under.
-NEAR, CLEARLY = 4, 0.9
+# On a CPU: how far from its written limit a convolution is measured, as a factor of its weights, the
+# share of the written choice's time that another must stay under, and the multiplications (about
+# half a millisecond's) from which on a wrong choice is worth finding.
+NEAR, CLEARLY, ENOUGH = 4, 0.9, 100_000_000
 
 _log = logging.getLogger("preact")
 _forced: str | None = None
@@ -130,7 +132,9 @@ def _measures_cpu(work: str) -> bool:
         work != "dense block"
         and current() == "auto"
         and not torch.compiler.is_compiling()
-        and tuning.setting() == "measure"
+        and tuning.setting() != "off"
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
     )
 
 
@@ -138,6 +142,8 @@ def _decide_on_cpu(input: Tensor, weight: Tensor, geometry: Geometry, work: str,
     """The written limit's answer, or near the limit what is clearly the faster one here."""
     written = weight.numel() <= most
     if not most / NEAR < weight.numel() < most * NEAR:
+        return written
+    if tuning.setting() == "auto" and _multiplications(input, weight, geometry) < ENOUGH:
         return written
     problem = trials.of_sizes_on_cpu(_problem(input, weight, geometry, work))
     known = _decided.get(problem)
@@ -148,6 +154,12 @@ def _decide_on_cpu(input: Tensor, weight: Tensor, geometry: Geometry, work: str,
         _decided[problem] = (own, "measured")
         _log.info("%s: %s", problem, describe_choice(problem))
     return own
+
+
+def _multiplications(input: Tensor, weight: Tensor, geometry: Geometry) -> int:
+    """Of a convolution that keeps the image but for its stride."""
+    stride = geometry[0]
+    return input.size(0) * input.size(2) * input.size(3) * weight.numel() // (stride[0] * stride[1])
 
 
 def _problem(input: Tensor, weight: Tensor, geometry: Geometry, work: str) -> trials.Problem:
@@ -209,10 +221,10 @@ def describe(device_type: str) -> str:
     if plan != "auto":
         return f"{plan}, forced"
     setting = tuning.setting()
-    if device_type == "cpu" and setting == "measure":
-        first = "auto: by written limits on a CPU, measured near them"
+    if device_type == "cpu" and setting == "off":
+        first = "auto: by written limits on a CPU, as PREACT_TUNE=off"
     elif device_type == "cpu":
-        first = "auto: by written limits on a CPU"
+        first = "auto: by written limits on a CPU, measured near them"
     elif setting == "off":
         first = "auto: by the cost model, as PREACT_TUNE=off"
     else:

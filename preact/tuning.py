@@ -37,7 +37,9 @@ Config = TypeVar("Config", bound=tuple[object, ...])
 """A named tuple of numbers: block sizes, warps, stages."""
 
 WARM_UP, ROUNDS = 2, 7
-CPU_WARM_UP, CPU_ROUNDS = 1, 3
+CPU_WARM_UP, CPU_ROUNDS, CPU_MOST_ROUNDS, CPU_MILLISECONDS = 2, 5, 15, 40.0
+CPU_SECONDS = 3.0
+"""That a process spends on measuring on its CPU, unless asked for more by ``PREACT_TUNE``."""
 SETTINGS = ("auto", "off", "measure")
 
 _log = logging.getLogger("preact")
@@ -89,7 +91,8 @@ def _store(path: Path, entry: str, config: Sequence[object]) -> None:
 
 
 def setting() -> str:
-    """``PREACT_TUNE``: "auto", "off", or "measure", which measures on CPUs as well."""
+    """``PREACT_TUNE``: "auto", "off", or "measure", which on CPUs measures without the limits of
+    "auto", on small work and for as long as it takes."""
     choice = os.environ.get("PREACT_TUNE", "auto")
     if choice not in SETTINGS:
         raise ValueError(f"PREACT_TUNE must be one of {', '.join(SETTINGS)}, got {choice!r}")
@@ -124,8 +127,8 @@ def paused() -> Iterator[None]:
 
 
 def measure(runs: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
-    """Milliseconds of each of ``runs``, rounds interleaved: the median on the current CUDA stream,
-    or the least on a CPU, where whatever else runs only adds."""
+    """Median milliseconds of each of ``runs``, rounds interleaved, on the current CUDA stream or by
+    the clock."""
     if device.type != "cuda":
         return _measure_by_clock(runs)
     for run in runs:
@@ -144,13 +147,20 @@ def measure(runs: Sequence[Callable[[], object]], device: torch.device) -> list[
 
 
 def _measure_by_clock(runs: Sequence[Callable[[], object]]) -> list[float]:
-    samples: list[list[float]] = [[] for _ in runs]
-    for _ in range(CPU_WARM_UP + CPU_ROUNDS):
-        for run, sample in zip(runs, samples, strict=True):
+    """The shorter the runs, the more rounds: between some limits as many as take so long."""
+    samples: list[list[float]] = []
+    rounds = CPU_WARM_UP
+    while len(samples) < rounds:
+        sample = []
+        for run in runs:
             start = time.perf_counter()
             run()
             sample.append(1e3 * (time.perf_counter() - start))
-    return [min(sample[CPU_WARM_UP:]) for sample in samples]
+        samples.append(sample)
+        if len(samples) == CPU_WARM_UP:
+            fitting = int(CPU_MILLISECONDS / sum(sample))
+            rounds += min(max(fitting, CPU_ROUNDS), CPU_MOST_ROUNDS)
+    return [statistics.median(sample) for sample in zip(*samples[CPU_WARM_UP:], strict=True)]
 
 
 def _place(op: str, key: str, device: torch.device) -> tuple[int, str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,14 @@ import torch
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def choices_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is measured on the way neither comes from the user's folder nor goes there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREACT_CACHE_DIR", str(tmp_path_factory.mktemp("choices")))
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import preact
 from preact import plans, remembered, trials, tuning
@@ -32,6 +33,7 @@ def as_in_a_new_process(monkeypatch, tmp_path):
     monkeypatch.setattr(plans, "_decided", {})
     monkeypatch.setattr(remembered, "_calls", {})
     monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(trials, "_spent", 0.0)
 
 
 @pytest.fixture
@@ -62,12 +64,60 @@ def fuses(x: torch.Tensor, weight: torch.Tensor, geometry=POINTWISE, work="backw
 
 
 @pytest.mark.parametrize("setting", ["auto", "off"])
-def test_written_limits_unless_measuring_is_asked_for(setting, clock, monkeypatch):
+def test_written_limits_for_little_work_and_where_measuring_is_off(setting, clock, monkeypatch):
     monkeypatch.setenv("PREACT_TUNE", setting)
+    if setting == "off":
+        monkeypatch.setattr(plans, "ENOUGH", 0)
     assert fuses(*operands(256, 512))
     assert not fuses(*operands(512, 512))
     assert clock["asked"] == 0
     assert "by written limits" in plans.describe("cpu")
+
+
+def test_enough_work_is_measured_by_default(clock):
+    large = operands(256, 512, size=16)
+    assert not fuses(*large)
+    assert clock["asked"] == 2, "a departure from the written choice is confirmed"
+    assert fuses(*operands(256, 512)), "too little to matter"
+    assert clock["asked"] == 2
+
+
+def test_a_gain_that_is_not_confirmed_is_none(clock, monkeypatch):
+    times = iter([[1.0, 0.5], [1.0, 0.95]])
+    monkeypatch.setattr(tuning, "measure", lambda runs, device: next(times))
+    assert fuses(*operands(256, 512, size=16))
+    assert next(times, None) is None
+
+
+def test_the_time_for_measuring_is_bounded(clock, monkeypatch):
+    monkeypatch.setattr(trials, "_spent", tuning.CPU_SECONDS)
+    large = operands(256, 512, size=16)
+    assert fuses(*large)
+    assert clock["asked"] == 0
+    assert plans._decided == {}
+    monkeypatch.setenv("PREACT_TUNE", "measure")
+    assert not fuses(*large), "as long as it takes, where asked for"
+
+
+def test_a_dispatch_mode_or_a_trace_is_no_place_to_measure(clock, monkeypatch):
+    monkeypatch.setattr(plans, "ENOUGH", 0)
+    with FlopCounterMode(display=False):
+        assert fuses(*operands(256, 512))
+    monkeypatch.setattr(torch._C, "_get_tracing_state", lambda: object())
+    assert fuses(*operands(256, 512))
+    assert clock["asked"] == 0
+
+
+def test_a_remembered_call_asks_nobody(clock, monkeypatch):
+    asked = []
+    decide = plans.fuses_convolution
+    monkeypatch.setattr(plans, "fuses_convolution", lambda *a: asked.append(a) or decide(*a))
+    module = preact.BatchNormReLUConv2d(64, 256, 1).to(memory_format=torch.channels_last)
+    x = operands(1, 64, size=16)[0]
+    for _ in range(3):
+        with torch.no_grad():
+            module(x)
+    assert len(asked) == 1
 
 
 def test_measured_once_near_the_limit_and_kept(clock, monkeypatch):
@@ -75,16 +125,16 @@ def test_measured_once_near_the_limit_and_kept(clock, monkeypatch):
     near = operands(256, 512)
     assert not fuses(*near), "the clock found the other one faster"
     assert not fuses(*near)
-    assert clock["asked"] == 1
+    assert clock["asked"] == 2, "confirmed"
     assert fuses(*operands(512, 512))
     assert fuses(*near, work="forward with statistics")
-    assert clock["asked"] == 3
+    assert clock["asked"] == 6
     (kept,) = list(json.loads(tuning.cache_file(near[0].device).read_text()).items())[:1]
     assert kept[0].startswith("plan backward (4, 512, 8, 8)")
     plans._decided.clear()
     tuning._chosen.clear()
     assert not fuses(*near)
-    assert clock["asked"] == 3, "another process reads the file"
+    assert clock["asked"] == 6, "another process reads the file"
     text = plans.describe("cpu")
     assert "measured near them" in text
     assert "backward 4x512x8x8 * 256x512x1x1 float32 channels_last: the library, measured" in text
@@ -110,10 +160,10 @@ def test_a_first_call_of_one_image_says_nothing_of_a_batch(clock, monkeypatch):
     monkeypatch.setattr(cpp, "_threads", lambda: 2)
     assert not fuses(*operands(256, 512, batch=1))
     assert not fuses(*operands(64, 256, 3, batch=1), SAME), "an image is one thread's: not ours"
-    assert clock["asked"] == 1
+    assert clock["asked"] == 2
     clock["other"] = 2.0
     assert fuses(*operands(256, 512, batch=8)), "measured for itself"
-    assert clock["asked"] == 2
+    assert clock["asked"] == 3
 
 
 def test_batches_and_sizes_are_few_problems():
