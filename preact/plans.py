@@ -4,9 +4,9 @@ The plans A to E are those of ``costs``. Without a forced one each convolution i
 forward and backward: on a GPU by what is faster there, measured on the device at the first call of
 a shape class, as ``cudnn.benchmark`` does, and kept as the configurations of ``tuning`` are. Where
 measuring is off (``PREACT_TUNE=off``, deterministic algorithms, a CUDA graph being captured) the
-model of ``costs`` decides. On a CPU written limits do, but for convolutions near them of enough work
-to matter: those are measured too, once, and depart from the limit for a clear gain alone, so that a
-run rounds as the one before it. Nothing is measured while compiling or tracing.
+model of ``costs`` decides. On a CPU written limits do, but for convolutions near them of enough
+work to matter: those are measured too, once, and depart from the limit for a clear gain alone, so
+that a run rounds as the one before it. Nothing is measured while compiling or tracing.
 
 ``use_plan`` and ``PREACT_PLAN`` force one plan on every convolution that its kernels can serve:
 A keeps the activation for backward, B computes it again, C to E fuse the convolution.
@@ -30,9 +30,9 @@ from .reference import memory_format_of
 Geometry = cpp.Geometry
 NAMES = ("auto", *costs.PLANS)
 _OWN = ("C", "D", "E")
-# On a CPU: how far from its written limit a convolution is measured, as a factor of its weights, the
-# share of the written choice's time that another must stay under, and the multiplications (about
-# half a millisecond's) from which on a wrong choice is worth finding.
+# On a CPU: how far from its written limit a convolution is measured, as a factor of its weights,
+# the share of the written choice's time that another must stay under, and the multiplications
+# (about half a millisecond's) from which on a wrong choice is worth finding.
 NEAR, CLEARLY, ENOUGH = 4, 0.9, 100_000_000
 
 _log = logging.getLogger("preact")
