@@ -8,143 +8,39 @@ from __future__ import annotations
 
 import json
 import logging
-import time
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 
 import preact
-from preact import backends, choice, environment, ops, plans, proof, reference, tuning
+from preact import backends, choice, environment, proof, tuning
 
-NAN = float("nan")
-
-
-class Backend:
-    """The formulas of ``reference``, counted; ``change`` gets each op's name and results."""
-
-    def __init__(self, change=lambda name, results, first: results, seconds=0.0):
-        self.calls: list[str] = []
-        for name in ops.SCHEMAS:
-            setattr(self, name, self.op(name, change, seconds))
-
-    def op(self, name, change, seconds):
-        def run(*arguments):
-            self.calls.append(name)
-            time.sleep(seconds)
-            found = getattr(reference, name)(*arguments)
-            several = isinstance(found, tuple)
-            results = change(name, list(found) if several else [found], arguments[0])
-            return tuple(results) if several else results[0]
-
-        return run
-
-
-def raises(name, results, first):
-    if name == "batch_norm_relu_conv2d_backward":
-        raise RuntimeError("no such instruction")
-    return results
-
-
-def unbiased(name, results, first):
-    """A variance with n - 1 where n belongs: one per cent in a hundred values."""
-    if name == "batch_norm_stats":
-        count = first.numel() // first.size(1)
-        results[1] = results[1] * count / (count - 1)
-    return results
-
-
-def unwritten(name, results, first):
-    """The last pixel of the last image is left as it was."""
-    if name == "batch_norm_relu_backward_apply":
-        results[0][-1, :, -1, -1] = NAN
-    return results
-
-
-def wrong_where_large(name, results, first):
-    """Right on the proof's maps; beyond them a tile is lost."""
-    if name == "batch_norm_relu" and first.size(2) > 12:
-        results[0][:, :, 12:] = 0
-    return results
-
-
-def wrong_in_half(name, results, first):
-    if name == "identity_add" and first.dtype == torch.bfloat16:
-        results[0] = results[0] + 1
-    return results
+from .choice_device import (
+    Backend,
+    chosen,
+    forget,
+    image,
+    raises,
+    ran,
+    told_times,
+    unbiased,
+    unit,
+    untried_device,
+    unwritten,
+    wrong_in_half,
+    wrong_where_large,
+)
 
 
 @pytest.fixture
 def device(monkeypatch, tmp_path):
-    """Makes the CPU a device to be measured; ``device(name=Backend)`` are its fused backends."""
-    tables: dict[str, Backend] = {}
-
-    def install(**given: Backend) -> SimpleNamespace:
-        tables.update(given)
-        monkeypatch.setitem(backends.PREFERENCE, "cpu", tuple(given))
-        return SimpleNamespace(**given)
-
-    monkeypatch.setenv("PREACT_CACHE_DIR", str(tmp_path))
-    for variable in ("PREACT_TUNE", "PREACT_BACKEND", "PREACT_PLAN"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(backends, "AUTOMATIC", ())
-    monkeypatch.setattr(backends, "MEASURED", ("cpu",))
-    monkeypatch.setattr(backends, "NAMES", ("reference", "first", "second"))
-    monkeypatch.setattr(
-        backends, "_why_not", lambda name, _: "" if name in ("reference", *tables) else "absent"
-    )
-    monkeypatch.setattr(backends, "table", lambda name: tables[name])
-    # Whole units by the library's convolutions, in every fake alike.
-    monkeypatch.setattr(plans, "fuses_convolution", lambda *_: False)
-    forget(monkeypatch)
-    return install
-
-
-def forget(monkeypatch) -> None:
-    """As in another process."""
-    for module, name in (
-        (choice, "_known"), (choice, "_decided"), (choice, "_names"), (choice, "_sizes"),
-        (proof, "_found"), (tuning, "_chosen"),
-    ):  # fmt: skip
-        monkeypatch.setattr(module, name, {})
+    return untried_device(monkeypatch, tmp_path)
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Times as the test says them, by backend; what was timed is listed."""
-    asked: list[list[str]] = []
-    milliseconds = {"reference": 2.0, "first": 1.0, "second": 1.5}
-
-    def measure(runs, device):
-        names = [run.args[0] for run in runs]
-        asked.append(names)
-        for run in runs:
-            run()
-        return [milliseconds[name] for name in names]
-
-    monkeypatch.setattr(tuning, "measure", measure)
-    return SimpleNamespace(asked=asked, milliseconds=milliseconds)
-
-
-def unit(channels: int = 8) -> preact.PreActBasicBlock:
-    return preact.PreActBasicBlock(channels, channels)
-
-
-def image(size: int = 6, channels: int = 8, batch: int = 4) -> Tensor:
-    return torch.randn(batch, channels, size, size, requires_grad=True)
-
-
-def ran(fake: Backend, call) -> bool:
-    """Whether a call ran a backend's ops, outside everything that is proved and timed."""
-    before = len(fake.calls)
-    call()
-    return len(fake.calls) > before
-
-
-def chosen() -> list[choice.Choice]:
-    return list(choice._decided.values())
+    return told_times(monkeypatch)
 
 
 def test_the_fastest_that_is_right_runs_forward_and_backward(device, clock):
@@ -286,62 +182,6 @@ def test_checkpoints_measure_what_they_compute_again(device, clock):
     torch.testing.assert_close(found, x.grad)
 
 
-def test_measuring_off_follows_the_written_default_if_it_is_right(device, clock, monkeypatch):
-    fakes = device(first=Backend(raises), second=Backend())
-    monkeypatch.setenv("PREACT_TUNE", "off")
-    module, x = unit(), image()
-    assert ran(fakes.second, lambda: module(x))
-    torch.use_deterministic_algorithms(True)
-    try:
-        monkeypatch.delenv("PREACT_TUNE")
-        assert ran(fakes.second, lambda: module(x))
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert clock.asked == []
-    assert "the written default, as deterministic algorithms" in chosen()[0].reason
-    module(x)
-    assert len(clock.asked) == 1, "what was not measured is measured when it may be"
-
-
-def test_while_a_graph_is_captured_only_what_was_measured_before_runs(device, clock, monkeypatch):
-    fakes = device(first=Backend())
-    module, x = unit(), image()
-    monkeypatch.setattr(tuning, "capturing", lambda device: True)
-    assert not ran(fakes.first, lambda: module(x)), "neither proved nor timed"
-    assert chosen()[0].reason == "a CUDA graph is being captured, and nothing was measured before"
-    monkeypatch.setattr(tuning, "capturing", lambda device: False)
-    module(x)
-    monkeypatch.setattr(tuning, "capturing", lambda device: True)
-    assert ran(fakes.first, lambda: module(x))
-    assert len(clock.asked) == 1
-
-
-def test_a_dispatch_mode_sees_no_trial(device, clock):
-    fakes = device(first=Backend())
-    module, x = unit(), image()
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        module(x)
-    assert fakes.first.calls == []
-    assert clock.asked == []
-
-
-def test_a_compiled_call_is_eager_and_measures_nothing(device, clock):
-    fakes = device(first=Backend())
-    torch._dynamo.reset()
-    module, x = unit(), image()
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    output = compiled(x)
-    assert fakes.first.calls == []
-    assert clock.asked == []
-    with preact.use_backend("reference"):
-        torch.testing.assert_close(output, module(x))
-    module(x)
-    torch._dynamo.reset()
-    before = len(fakes.first.calls)
-    torch.compile(module, fullgraph=True, backend="aot_eager")(x)
-    assert len(fakes.first.calls) == before, "measured uncompiled says nothing of the compiler's"
-
-
 def test_other_sizes_take_the_nearest_once_enough_were_measured(device, clock):
     device(first=Backend())
     module = unit()
@@ -422,46 +262,6 @@ def test_invalid_arguments_raise_before_any_trial(device, clock):
     with pytest.raises(RuntimeError, match="elements"):
         preact.functional.batch_norm_relu(image(), torch.ones(3), torch.ones(3))
     assert clock.asked == []
-
-
-def test_tf32_by_the_setting_of_convolutions_alone(device, clock):
-    """What PyTorch raises for, where convolutions and RNNs differ, is not asked."""
-    conv = torch.backends.cudnn.conv
-    before = conv.fp32_precision
-    device(first=Backend())
-    try:
-        for precision in ("ieee", "tf32"):
-            conv.fp32_precision = precision
-            unit()(image())
-            with proof._tf32(precision == "ieee", torch.device("cuda")):
-                assert ops.allows_tf32() == (precision == "ieee")
-            assert conv.fp32_precision == precision
-    finally:
-        conv.fp32_precision = before
-    assert len(clock.asked) == 2, "a setting that changes what is fastest"
-
-
-def test_a_forced_backend_is_neither_proved_nor_timed(device, clock):
-    fakes = device(first=Backend(unbiased))
-    with preact.use_backend("first"):
-        assert ran(fakes.first, lambda: unit()(image()))
-    assert clock.asked == []
-    assert proof.results() == {}
-
-
-def test_too_little_memory_leaves_it_to_eager_for_good(device, clock, monkeypatch):
-    device(first=Backend())
-    tries = []
-
-    def measure(runs, device):
-        tries.append(runs)
-        raise torch.OutOfMemoryError("no room")
-
-    monkeypatch.setattr(tuning, "measure", measure)
-    module, x = unit(), image()
-    module(x), module(x)
-    assert len(tries) == 1
-    assert chosen()[0].reason == "too little memory to measure"
 
 
 def test_the_reports_say_what_was_chosen_and_why(device, clock, monkeypatch):
