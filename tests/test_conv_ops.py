@@ -113,3 +113,32 @@ def test_a_pending_gradient_is_the_applied_one(batch_stats):
         applied = op(grad, *rest)
         pending = op(dz, *rest, following, coefficients)
         torch.testing.assert_close(pending, applied)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("channels", "out_channels", "kernel", "size"),
+    [(64, 32, 1, (11, 13)), (96, 64, 1, (3, 5)), (64, 32, 3, (7, 9)), (40, 24, 1, (15, 15))],
+    ids=str,
+)
+def test_what_a_call_leaves_in_the_scratch_does_not_count(
+    channels, out_channels, kernel, size, dtype
+):
+    def maps(channels, value):
+        made = torch.randn(3, channels, *size).to(dtype) * value
+        return made.contiguous(memory_format=torch.channels_last)
+
+    def run(x, grad):
+        vectors = (torch.zeros(channels), torch.ones(channels), None, None, 1e-5)
+        geometry = ([1, 1], [kernel // 2] * 2, [1, 1], 1)
+        weight = torch.ones(out_channels, channels, kernel, kernel, dtype=dtype) / channels
+        output = OPS.batch_norm_relu_conv2d(x, *vectors, weight, None, None, *geometry)
+        backward = OPS.batch_norm_relu_conv2d_backward(grad, x, *vectors, weight, None, *geometry)
+        return (*output, *backward)
+
+    given = maps(channels, 1), maps(out_channels, 1)
+    before = run(*given)
+    run(maps(channels, float("nan")), maps(out_channels, float("nan")))
+    for a, b in zip(before, run(*given), strict=True):
+        assert torch.equal(a, b)
+        assert a.isfinite().all()
