@@ -153,8 +153,14 @@ def choices(device_type: str) -> list[str]:
 
 
 def _kept() -> dict[str, str]:
-    """What processes before this one chose for devices of ``backends.MEASURED``, and why."""
+    """What processes before this one measured: convolutions of the CPU, and what ran and why on
+    devices of ``backends.MEASURED``."""
     rows = {}
+    plans_kept = tuning.stored("plan", torch.device("cpu"))
+    for number, (problem, own) in enumerate(sorted(plans_kept.items()), 1):
+        rows[f"kept for cpu {number}"] = (
+            f"{problem}: {'our convolution' if own == (True,) else 'the library'}"
+        )
     for device in backends.MEASURED:
         if device == "cuda" and not torch.cuda.is_available():
             continue

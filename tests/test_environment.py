@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import preact
-from preact import backends, environment
+from preact import backends, environment, tuning
 from preact.backends import cpp
 
 
@@ -83,3 +84,16 @@ def test_the_instruction_set_can_be_lowered(used: str) -> None:
         pytest.skip(f"the CPU kernels use {backends.cpu_capability() or 'nothing'} here")
     lines = run_module(PREACT_CPU_CAPABILITY=used.lower()).stdout.splitlines()
     assert [line.split()[-1] for line in lines if line.startswith("instruction set")] == [used]
+
+
+def test_convolutions_measured_before_are_reported(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PREACT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tuning, "_chosen", {})
+    device = torch.device("cpu")
+    tuning.remember("plan backward", "(8, 64, 56, 56)", (True,), device)
+    tuning.remember("plan forward", "(8, 64, 56, 56)", (False,), device)
+    rows = environment.report()
+    assert rows["kept for cpu 1"] == "backward (8, 64, 56, 56): our convolution"
+    assert rows["kept for cpu 2"] == "forward (8, 64, 56, 56): the library"
