@@ -11,13 +11,16 @@ import triton
 import triton.language as tl
 
 from ._epilogue import store_masked_with_sums, store_with_statistics
+from ._packed import activate
 from ._prologue import (
+    in_range,
     load_coefficients,
     load_gradient,
+    load_masked,
     load_norm,
     load_prepared_norm,
-    normalise,
     residue_taps,
+    store_formed,
 )
 
 
@@ -27,15 +30,15 @@ def load_taps(pointers, tap, group_in, mask):
 
 
 @triton.jit
-def in_range(index, end, EVEN: tl.constexpr):
-    """Whether ``index`` is before ``end``; where EVEN it always is, and no instruction asks."""
-    return index >= 0 if EVEN else index < end
+def both(mask, other, ALWAYS: tl.constexpr):
+    """``mask``, and ``other`` unless that is known to be always true."""
+    return mask if ALWAYS else mask & other
 
 
 @triton.jit
-def load_masked(pointers, row_mask, column_mask, EVEN: tl.constexpr):
-    mask = row_mask if EVEN else row_mask & column_mask[None, :]
-    return tl.load(pointers, mask, other=0.0)  # [BLOCK_K, BLOCK_M]
+def wrapped(number, end):
+    """``number``, less ``end`` from there on: as unsigned, what is negative is the larger."""
+    return tl.minimum(number.to(tl.uint32), (number - end).to(tl.uint32)).to(tl.int32)
 
 
 @triton.jit
@@ -79,6 +82,7 @@ def batch_norm_relu_conv2d_rows_kernel(
     HAS_CONV_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     PRECISION: tl.constexpr,
+    CODE: tl.constexpr,  # of ``activate``
     KERNEL_ROWS: tl.constexpr,  # that a step takes: 1, or KERNEL_H
     EVEN: tl.constexpr,  # no tile has idle columns
     BLOCK_M: tl.constexpr,
@@ -122,14 +126,11 @@ def batch_norm_relu_conv2d_rows_kernel(
             down = tap * dilation_h
             inside = (top + down).to(tl.uint32) < height
             shift = tl.cast(down, tl.int64) * width * channels
-            values = tl.load(
-                input_ptr + (corner + shift)[:, None] + channel[None, :],
-                inside[:, None] & channel_mask[None, :],
-                other=0.0,
-            )  # [BLOCK_M, BLOCK_K]
-            z = normalise(values, mean[None, :], scale[None, :], bias[None, :])
-            z *= tl.where(inside, 1.0, 0.0)[:, None]
-            activation = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL).to(values.dtype)
+            pointers = input_ptr + (corner + shift)[:, None] + channel[None, :]
+            values = load_masked(pointers, inside[:, None], channel_mask, EVEN)
+            activation = activate(
+                values, mean[None, :], scale[None, :], bias[None, :], inside, True, CODE
+            )  # fmt: skip
             left_taps = load_taps(taps, tap * 3, group_in, mask)  # [BLOCK_K, BLOCK_N]
             middle_taps = load_taps(taps, tap * 3 + 1, group_in, mask)
             right_taps = load_taps(taps, tap * 3 + 2, group_in, mask)
@@ -194,7 +195,9 @@ def batch_norm_relu_conv2d_backward_input_rows_kernel(
     FORM_H: tl.constexpr,  # row of the kernel whose taps store the gradient formed, or -1
     FORM_W: tl.constexpr,
     PRECISION: tl.constexpr,
+    CODE: tl.constexpr,  # of ``form``
     KERNEL_ROWS: tl.constexpr,  # that a step takes: 1, or KERNEL_H where it strides by 1
+    SAME: tl.constexpr,  # the gradient is as high as the input, a line of it above each line
     EVEN: tl.constexpr,  # no tile has idle columns
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -222,11 +225,25 @@ def batch_norm_relu_conv2d_backward_input_rows_kernel(
     corner = ((image * out_height + p) * out_width + w) * out_channels + group * group_out
     p = tl.where((row >= 0) & (row < rows), p, -(2**30))
     inner = tl.arange(0, BLOCK_K)
+    # Within a tile 32 bits count.
+    in_tile = lane[:, None] * out_channels + inner[None, :]
+
+    own = (lane >= dilation_w) & (lane < BLOCK_M - dilation_w) & (row < rows) & (h < height)
+    if FORM_H >= 0:
+        tap_h = (FORM_H - first_h) // period_h
+        reached = (tap_h >= 0) & (tap_h < taps_h) & (first_h + tap_h * period_h == FORM_H)
+        if reached & (tl.program_id(0) % column_tiles == 0):
+            up = base_h - tap_h * back_h
+            store_formed(
+                grad_ptr, pending_ptr, coefficients_ptr, formed_ptr,
+                corner + up.to(tl.int64) * out_width * out_channels,
+                own & ((p + up).to(tl.uint32) < out_height), group, group_out, out_channels,
+                CODE, EVEN, BLOCK_K,
+            )  # fmt: skip
 
     left = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     middle = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     right = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    own = (lane >= dilation_w) & (lane < BLOCK_M - dilation_w) & (row < rows) & (h < height)
     tap_h = 0
     block = 0
     for _ in range(tl.cdiv(group_out, BLOCK_K) * (taps_h // KERNEL_ROWS)):
@@ -241,16 +258,19 @@ def batch_norm_relu_conv2d_backward_input_rows_kernel(
         for kernel_row in tl.static_range(KERNEL_ROWS):
             up = base_h - (tap_h + kernel_row) * back_h
             inside = (p + up).to(tl.uint32) < out_height
-            offsets = (corner + up.to(tl.int64) * out_width * out_channels)[:, None]
-            offsets += out_channel[None, :]
+            if SAME:
+                first = row_tile * results - dilation_w + up * out_width
+                tile = tl.cast(first, tl.int64) * out_channels + group * group_out + block
+                offsets = in_tile
+            else:
+                tile = 0
+                offsets = (corner + up.to(tl.int64) * out_width * out_channels)[:, None]
+                offsets += out_channel[None, :]
             grad = load_gradient(
-                grad_ptr, pending_ptr, offsets, inside, out_mask, coefficients, PENDING
+                grad_ptr, pending_ptr, tile, offsets, inside, out_mask, coefficients, PENDING, CODE,
+                EVEN,
             )  # [BLOCK_M, BLOCK_K]  # fmt: skip
             tap = first_h + (tap_h + kernel_row) * period_h
-            if FORM_H >= 0:
-                once = (inside & own)[:, None] & out_mask[None, :]
-                if (tap == FORM_H) & (tl.program_id(0) % column_tiles == 0):
-                    tl.store(formed_ptr + offsets, grad, once)
             left_taps = load_taps(taps, tap * 3, group_in, mask)  # [BLOCK_K, BLOCK_N]
             middle_taps = load_taps(taps, tap * 3 + 1, group_in, mask)
             right_taps = load_taps(taps, tap * 3 + 2, group_in, mask)
@@ -308,8 +328,10 @@ def batch_norm_relu_conv2d_backward_weight_rows_kernel(
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SAME: tl.constexpr,  # the result is as high as the input, a line of it above each line
-    EVEN: tl.constexpr,  # no tile has idle columns or rows
+    EVEN: tl.constexpr,  # no tile has idle channels
+    WHOLE: tl.constexpr,  # no tile has idle pixels
     PRECISION: tl.constexpr,
+    CODE: tl.constexpr,  # of ``activate``
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -332,13 +354,22 @@ def batch_norm_relu_conv2d_backward_weight_rows_kernel(
     first = tl.program_id(2) * rows_per_split
     last = tl.minimum(first + rows_per_split, rows)
     inner = tl.arange(0, BLOCK_K)
-    line = (first + inner) // width
     x = (first + inner) % width
-    image = line // out_height
-    p = line % out_height
     step_x = BLOCK_K % width
-    step_p = BLOCK_K // width % out_height
-    step_image = BLOCK_K // width // out_height
+    line = (first + inner) // width
+    if SAME:
+        # The pixel's place in its image, moved by the tap's lines: inside where it is in range, and
+        # one number to move on instead of a line and an image.
+        pixels = height * width
+        place = (first + inner) % pixels + top * width
+        step_place = BLOCK_K % pixels
+        above = tl.cast(first + top * width, tl.int64) * channels
+    else:
+        image = line // out_height
+        p = line % out_height
+        step_p = BLOCK_K // width % out_height
+        step_image = BLOCK_K // width // out_height
+    right_end = width - dilation_w
 
     left = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     middle = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -346,40 +377,54 @@ def batch_norm_relu_conv2d_backward_weight_rows_kernel(
     # Within a tile 32 bits count; what a tile adds is the same number for all of its elements.
     in_tile = inner[:, None] * channels + channel[None, :]
     in_grad = inner[:, None] * out_channels + grad_channel[None, :]
+    # Which result a tap takes a position to: one dilation on, the same, one dilation back.
+    result = tl.cast(first, tl.int64) * out_channels
+    result_before = result - dilation_w * out_channels
+    result_behind = result + dilation_w * out_channels
     for start in range(first, last, BLOCK_K):
         row_mask = start + inner < last
-        y = p * stride_h + top
-        inside = row_mask & (y.to(tl.uint32) < height)
+        if SAME:
+            inside = place.to(tl.uint32) < pixels
+        else:
+            y = p * stride_h + top
+            inside = y.to(tl.uint32) < height
+        inside = both(inside, row_mask, WHOLE)
         mask = inside[:, None] if EVEN else inside[:, None] & column_mask[None, :]
         if SAME:
-            above = tl.cast(start + top * width, tl.int64) * channels
             values = tl.load(input_ptr + above + in_tile, mask, other=0.0)  # [BLOCK_K, BLOCK_N]
         else:
             pixel = ((image * height + y) * width + x).to(tl.int64)
             pointers = input_ptr + pixel[:, None] * channels + channel[None, :]
             values = tl.load(pointers, mask, other=0.0)
-        z = normalise(values, mean[None, :], scale[None, :], bias[None, :])
-        z *= tl.where(inside, 1.0, 0.0)[:, None]
-        activation = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL).to(values.dtype)
+        activation = activate(
+            values, mean[None, :], scale[None, :], bias[None, :], inside, True, CODE
+        )  # fmt: skip
 
-        # Which result a tap takes a position to: one dilation on, the same, one dilation back.
-        results = grad_ptr + tl.cast(start, tl.int64) * out_channels
-        moved_by = dilation_w * out_channels
-        reaches = (row_mask & (x + dilation_w < width))[:, None]
-        grad = load_masked(results + moved_by + in_grad, reaches, out_mask, EVEN)
+        reaches = both(x < right_end, row_mask, WHOLE)[:, None]
+        grad = load_masked(grad_ptr + result_behind + in_grad, reaches, out_mask, EVEN)
         left = tl.dot(tl.trans(grad), activation, left, input_precision=PRECISION)
-        grad = load_masked(results + in_grad, row_mask[:, None], out_mask, EVEN)
+        if WHOLE and EVEN:
+            grad = tl.load(grad_ptr + result + in_grad)  # [BLOCK_K, BLOCK_M]
+        else:
+            grad = load_masked(grad_ptr + result + in_grad, row_mask[:, None], out_mask, EVEN)
         middle = tl.dot(tl.trans(grad), activation, middle, input_precision=PRECISION)
-        reaches = (row_mask & (x >= dilation_w))[:, None]
-        grad = load_masked(results - moved_by + in_grad, reaches, out_mask, EVEN)
+        reaches = both(x >= dilation_w, row_mask, WHOLE)[:, None]
+        grad = load_masked(grad_ptr + result_before + in_grad, reaches, out_mask, EVEN)
         right = tl.dot(tl.trans(grad), activation, right, input_precision=PRECISION)
 
-        x += step_x
-        p += step_p + tl.where(x >= width, 1, 0)
-        x = tl.where(x >= width, x - width, x)
-        if not SAME:
+        result += BLOCK_K * out_channels
+        result_before += BLOCK_K * out_channels
+        result_behind += BLOCK_K * out_channels
+        if SAME:
+            above += BLOCK_K * channels
+            place = wrapped(place + step_place - top * width, pixels) + top * width
+            x = wrapped(x + step_x, width)
+        else:
+            x += step_x
+            p += step_p + tl.where(x >= width, 1, 0)
+            x = tl.where(x >= width, x - width, x)
             image += step_image + tl.where(p >= out_height, 1, 0)
-        p = tl.where(p >= out_height, p - out_height, p)
+            p = tl.where(p >= out_height, p - out_height, p)
 
     out = ((tl.program_id(2).to(tl.int64) * out_channels + grad_channel) * KERNEL_H + tap_h) * 3
     mask = out_mask[:, None] & column_mask[None, :]

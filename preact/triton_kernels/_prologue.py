@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
+from ._packed import form
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _SCALE_BLOCK = 128
@@ -90,6 +91,18 @@ def normalise(x, mean, scale, bias):
 
 
 @triton.jit
+def in_range(index, end, EVEN: tl.constexpr):
+    """Whether ``index`` is before ``end``; where EVEN it always is, and no instruction asks."""
+    return index >= 0 if EVEN else index < end
+
+
+@triton.jit
+def load_masked(pointers, row_mask, column_mask, EVEN: tl.constexpr):
+    mask = row_mask if EVEN else row_mask & column_mask[None, :]
+    return tl.load(pointers, mask, other=0.0)
+
+
+@triton.jit
 def load_coefficients(coefficients_ptr, channel, channels, mask, PENDING: tl.constexpr):
     """``[4, channels]`` of a pending gradient for a tile whose columns are channels, or nothing."""
     scale = tl.full(channel.shape, 0.0, tl.float32)
@@ -109,23 +122,55 @@ def load_coefficients(coefficients_ptr, channel, channels, mask, PENDING: tl.con
 def load_gradient(
     grad_ptr,
     pending_ptr,
-    offsets,
+    tile,  # where the tile begins
+    offsets,  # from there
     inside,  # of the tile's rows
     channel_mask,  # of its columns, whose coefficients are nought outside
     coefficients,
     PENDING: tl.constexpr,
+    CODE: tl.constexpr,
+    EVEN: tl.constexpr,  # all columns are inside
 ):
     """The gradient at ``offsets``, or formed there from its pending parts; nought outside."""
-    mask = inside[:, None] & channel_mask[None, :]
-    grad = tl.load(grad_ptr + offsets, mask, other=0.0)
+    grad = load_masked(grad_ptr + tile + offsets, inside[:, None], channel_mask, EVEN)
     if PENDING:
         scale, slope, centre, offset = coefficients
-        x = tl.load(pending_ptr + offsets, mask, other=0.0).to(tl.float32)
-        # To multiply what does not vanish by itself takes fewer instructions than to select.
-        one = tl.where(inside, 1.0, 0.0)[:, None]
-        formed = scale * grad.to(tl.float32) + (slope * (x - centre) + offset) * one
-        grad = formed.to(grad.dtype)
+        x = load_masked(pending_ptr + tile + offsets, inside[:, None], channel_mask, EVEN)
+        grad = form(grad, x, scale, slope, centre, offset, inside, CODE)
     return grad
+
+
+@triton.jit
+def store_formed(
+    grad_ptr,
+    pending_ptr,
+    coefficients_ptr,
+    formed_ptr,
+    corner,  # [BLOCK_M]: where each row's first channel of the group lies
+    inside,  # [BLOCK_M]: the rows to store
+    group,
+    group_out,
+    out_channels,
+    CODE: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Forms and stores a pending gradient for whatever kernel comes next.
+
+    Not from the main loop, whose product wants it laid out otherwise: the compiler would form it
+    twice at every tap.
+    """
+    for block in range(0, group_out, BLOCK_K):
+        channel = block + tl.arange(0, BLOCK_K)
+        mask = in_range(channel, group_out, EVEN)
+        coefficients = load_coefficients(
+            coefficients_ptr, group * group_out + channel, out_channels, mask, True
+        )
+        offsets = corner[:, None] + channel[None, :]
+        grad = load_gradient(
+            grad_ptr, pending_ptr, 0, offsets, inside, mask, coefficients, True, CODE, EVEN
+        )
+        tl.store(formed_ptr + offsets, grad, inside[:, None] & mask[None, :])
 
 
 @triton.jit
@@ -253,12 +298,12 @@ def product_configs(
     dtype: torch.dtype,
     precision: str,
     capability: int,
-    rows_inner: int = 64,
+    pending: bool | None = None,
 ) -> tuple[Config, ...]:
     """Tiles worth trying for forward and dgrad, the one to take unmeasured first.
 
     ``columns`` and ``inner`` are channels of a group: of the result, of the sum; ``kernel_rows`` is
-    0 where a tile cannot serve the taps of a row. Three accumulators
+    0 where a tile cannot serve the taps of a row, ``pending`` None in forward. Three accumulators
     want the large tile of a warp-group's instructions, whose results or operands need no registers
     of all warps; elsewhere a smaller one keeps them from spilling.
     """
@@ -268,12 +313,12 @@ def product_configs(
         if precision == "ieee":
             # ptxas spills 8 bytes of 64 rows on sm_120.
             return (Config(32 if capability == 120 else 64, min(block_n, 32), 16, 4, 2),)
+    if capability in TENSOR_MEMORY:
+        return _tensor_memory_configs(block_n, block_k, kernel_rows > 0, dtype, pending)
     stages = 2 if capability in LITTLE_SHARED else 3
-    # Where the result lies in tensor memory, more warps have more registers for the prologue.
-    few = 8 if capability in TENSOR_MEMORY else 4
     each_tap: tuple[Config, ...] = (
-        Config(128, block_n, block_k, few if block_n <= 32 else 8, stages),
-        Config(64, block_n, block_k, few, stages),
+        Config(128, block_n, block_k, 4 if block_n <= 32 else 8, stages),
+        Config(64, block_n, block_k, 4, stages),
     )
     if capability in LITTLE_SHARED and block_n > 64:
         # ptxas spills some bytes of the wide tile with many rows, or with few warps, on sm_120.
@@ -287,12 +332,30 @@ def product_configs(
         return each_tap
     narrow = min(block_n, 64)
     if capability in WARP_GROUP:
-        if capability in TENSOR_MEMORY:
-            return (Config(128, block_n, min(block_k, rows_inner), 8, 2, row_taps=3), *each_tap)
-        by_block = min(block_k, 32, rows_inner)
-        return (Config(128, narrow, by_block, 8, 2, 3, kernel_rows), *each_tap)
+        most = 64 if pending is None else 64 // dtype.itemsize
+        return (Config(128, narrow, min(block_k, 32, most), 8, 2, 3, kernel_rows), *each_tap)
     warps = 4 if narrow == 32 else 8  # in eight ptxas spills 8 bytes of it on sm_80
     return (Config(64, narrow, min(block_k, 32), warps, 3, row_taps=3), *each_tap)
+
+
+def _tensor_memory_configs(
+    block_n: int, block_k: int, by_rows: bool, dtype: torch.dtype, pending: bool | None
+) -> tuple[Config, ...]:
+    """As few warps, each with as many elements of the prologue, as their registers allow: what a
+    step takes besides, every warp issues. A pending gradient takes two values and four vectors."""
+    elements = (64 if pending is None else 32) * 2 // dtype.itemsize
+    warps = 8 if block_n > 64 or (block_n == 64 and pending is not None) else 4
+    threads = 32 * warps
+    block_m = 256 if block_n <= 32 and 256 * block_k <= elements * threads else 128
+    block_k = min(block_k, elements * threads // block_m)
+    if block_n > 64 and pending:
+        block_k = min(block_k, 32)  # ptxas spills 40 bytes of twice that
+    each_tap = (
+        Config(block_m, block_n, block_k, warps, 3),
+        Config(64, block_n, block_k, 8, 3),
+    )
+    by_row = Config(block_m, block_n, block_k, warps, 2, row_taps=3)
+    return (by_row, *each_tap) if by_rows else each_tap
 
 
 def float32_precision(dtype: torch.dtype) -> str:

@@ -17,15 +17,17 @@ from .. import device as devices
 from .. import tuning
 from ._conv2d_rows import batch_norm_relu_conv2d_rows_kernel
 from ._epilogue import store_with_statistics
+from ._packed import activate, activation_code
 from ._partials import merge_moments
 from ._prologue import (
     Config,
     channels_last,
     float32_precision,
+    in_range,
     like_layout,
+    load_masked,
     load_prepared_norm,
     norm_scale,
-    normalise,
     product_configs,
     rows_apply,
     shape_class,
@@ -66,8 +68,9 @@ def batch_norm_relu_conv2d_kernel(
     HAS_CONV_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     PRECISION: tl.constexpr,
+    CODE: tl.constexpr,  # of ``activate``
     KERNEL_ROWS: tl.constexpr,  # 1
-    EVEN: tl.constexpr,
+    EVEN: tl.constexpr,  # no tile has idle columns
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -96,27 +99,22 @@ def batch_norm_relu_conv2d_kernel(
         down = (tap // KERNEL_W) * dilation_h
         across = (tap % KERNEL_W) * dilation_w
         channel = (step // TAPS) * BLOCK_K + inner
-        channel_mask = channel < group_in
+        channel_mask = in_range(channel, group_in, EVEN)
         y = top + down
         x = left + across
         inside = (y.to(tl.uint32) < height) & (x.to(tl.uint32) < width)
         shift = (down.to(tl.int64) * width + across) * channels
-        values = tl.load(
-            input_ptr + (corner + shift)[:, None] + channel[None, :],
-            inside[:, None] & channel_mask[None, :],
-            other=0.0,
-        )  # [BLOCK_M, BLOCK_K]
+        pointers = input_ptr + (corner + shift)[:, None] + channel[None, :]
+        values = load_masked(pointers, inside[:, None], channel_mask, EVEN)  # [BLOCK_M, BLOCK_K]
         mean, scale, bias = load_prepared_norm(
             mean_ptr, scale_ptr, bias_ptr, group * group_in + channel, channel_mask, HAS_BIAS
         )
-        z = normalise(values, mean[None, :], scale[None, :], bias[None, :])
-        if PADDED:
-            # A factor takes half the instructions of selecting packed values.
-            z *= tl.where(inside, 1.0, 0.0)[:, None]
-        activation = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL).to(values.dtype)
+        activation = activate(
+            values, mean[None, :], scale[None, :], bias[None, :], inside, PADDED, CODE
+        )  # fmt: skip
         taps = tl.load(
             conv_weight_ptr + conv_weight_row[None, :] + (tap * group_in + channel)[:, None],
-            (column < group_out)[None, :] & channel_mask[:, None],
+            in_range(column, group_out, EVEN)[None, :] & channel_mask[:, None],
             other=0.0,
         )  # [BLOCK_K, BLOCK_N]
         acc = tl.dot(activation, taps, acc, input_precision=PRECISION)
@@ -155,6 +153,7 @@ def batch_norm_relu_conv2d(
     )  # fmt: skip
 
     scale = norm_scale(var, weight, eps)
+    capability = devices.properties(input.device).capability
 
     def launch(config: Config) -> tuple[Tensor, int]:
         whole_rows = config.row_taps > 1
@@ -169,7 +168,8 @@ def batch_norm_relu_conv2d(
             KERNEL_H=kernel[0], KERNEL_W=kernel[1], PADDED=max(padding) > 0,
             HAS_BIAS=bias is not None,
             HAS_CONV_BIAS=conv_bias is not None, HAS_RESIDUAL=residual is not None,
-            PRECISION=precision, KERNEL_ROWS=config.kernel_rows,
+            PRECISION=precision, CODE=activation_code(input.dtype, capability),
+            KERNEL_ROWS=config.kernel_rows,
             EVEN=size.group_out % config.block_n == 0 and size.group_in % config.block_k == 0,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
             num_warps=config.warps, num_stages=config.stages,
@@ -178,7 +178,6 @@ def batch_norm_relu_conv2d(
 
     by_rows = rows_apply(kernel, stride, padding, dilation) and precision != "ieee"
     key = shape_class(rows, size, kernel, stride, by_rows, input.dtype, precision)
-    capability = devices.properties(input.device).capability
     choices = product_configs(
         size.group_out, size.group_in, by_rows * kernel[0], input.dtype, precision, capability
     )

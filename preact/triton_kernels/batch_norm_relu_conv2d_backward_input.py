@@ -21,12 +21,14 @@ from .. import tuning
 from ._conv2d_rows import batch_norm_relu_conv2d_backward_input_rows_kernel
 from ._epilogue import store_masked_with_sums
 from ._maps import check_like, check_vectors
+from ._packed import gradient_code
 from ._partials import merge_sums
 from ._prologue import (
     Config,
     channels_last,
     covering_taps,
     float32_precision,
+    in_range,
     like_layout,
     load_coefficients,
     load_gradient,
@@ -35,6 +37,7 @@ from ._prologue import (
     rows_apply,
     shape_class,
     sizes,
+    store_formed,
 )
 
 
@@ -82,8 +85,10 @@ def batch_norm_relu_conv2d_backward_input_kernel(
     FORM_H: tl.constexpr,  # tap that stores the gradient formed, or -1
     FORM_W: tl.constexpr,
     PRECISION: tl.constexpr,
+    CODE: tl.constexpr,  # of ``form``
     KERNEL_ROWS: tl.constexpr,  # 1
-    EVEN: tl.constexpr,
+    SAME: tl.constexpr,  # as in the kernel by rows, where it matters
+    EVEN: tl.constexpr,  # no tile has idle columns
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -92,7 +97,7 @@ def batch_norm_relu_conv2d_backward_input_kernel(
     column_tiles = tl.cdiv(group_in, BLOCK_N)
     row_tile = tl.program_id(0) // column_tiles
     column = (tl.program_id(0) % column_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-    column_mask = column < group_in
+    column_mask = in_range(column, group_in, EVEN)
     group = tl.program_id(1)
     residue_h = tl.program_id(2) // stride_w
     residue_w = tl.program_id(2) % stride_w
@@ -116,13 +121,29 @@ def batch_norm_relu_conv2d_backward_input_kernel(
     p = tl.where(valid, p, -(2**30))
     inner = tl.arange(0, BLOCK_K)
 
+    if FORM_H >= 0:
+        tap_h = (FORM_H - first_h) // period_h
+        tap_w = (FORM_W - first_w) // period_w
+        reached = (tap_h >= 0) & (tap_h < taps_h) & (first_h + tap_h * period_h == FORM_H)
+        reached &= (tap_w >= 0) & (tap_w < taps_w) & (first_w + tap_w * period_w == FORM_W)
+        if reached & (tl.program_id(0) % column_tiles == 0):
+            up = base_h - tap_h * back_h
+            left = base_w - tap_w * back_w
+            inside = (p + up).to(tl.uint32) < out_height
+            store_formed(
+                grad_ptr, pending_ptr, coefficients_ptr, formed_ptr,
+                corner + (up.to(tl.int64) * out_width + left) * out_channels,
+                inside & ((q + left).to(tl.uint32) < out_width), group, group_out, out_channels,
+                CODE, EVEN, BLOCK_K,
+            )  # fmt: skip
+
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     tap_h = 0
     tap_w = 0
     block = 0
     for _ in range(tl.cdiv(group_out, BLOCK_K) * taps_h * taps_w):
         out_channel = block + inner
-        out_mask = out_channel < group_out
+        out_mask = in_range(out_channel, group_out, EVEN)
         up = base_h - tap_h * back_h
         left = base_w - tap_w * back_w
         y = p + up
@@ -134,14 +155,10 @@ def batch_norm_relu_conv2d_backward_input_kernel(
             coefficients_ptr, group * group_out + out_channel, out_channels, out_mask, PENDING
         )
         grad = load_gradient(
-            grad_ptr, pending_ptr, offsets, inside, out_mask, coefficients, PENDING
+            grad_ptr, pending_ptr, 0, offsets, inside, out_mask, coefficients, PENDING, CODE, EVEN
         )  # [BLOCK_M, BLOCK_K]
         kernel_h = first_h + tap_h * period_h
         kernel_w = first_w + tap_w * period_w
-        if FORM_H >= 0:
-            once = (kernel_h == FORM_H) & (kernel_w == FORM_W)
-            if once & (tl.program_id(0) % column_tiles == 0):
-                tl.store(formed_ptr + offsets, grad, inside[:, None] & out_mask[None, :])
         tap = kernel_h * KERNEL_W + kernel_w
         taps = tl.load(
             conv_weight_ptr
@@ -214,6 +231,8 @@ def batch_norm_relu_conv2d_backward_input(
         found = covering_taps(size, kernel, stride, padding, dilation)
         assert found is not None
         form_h, form_w = found
+    capability = devices.properties(input.device).capability
+    code = gradient_code(input.dtype, capability)
     periods = [s // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
 
     def launch(config: Config) -> Tensor:
@@ -232,7 +251,8 @@ def batch_norm_relu_conv2d_backward_input(
             *periods, eps, KERNEL_H=kernel[0], KERNEL_W=kernel[1], PENDING=pending is not None,
             HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
             HAS_GRAD_ACTIVATION=added is not None, FORM_H=form_h, FORM_W=form_w,
-            PRECISION=precision, KERNEL_ROWS=config.kernel_rows if stride[0] == 1 else 1,
+            PRECISION=precision, CODE=code, KERNEL_ROWS=config.kernel_rows if stride[0] == 1 else 1,
+            SAME=max(stride) == 1 and size[:2] == size[4:6],
             EVEN=size.group_in % config.block_n == 0 and size.group_out % config.block_k == 0,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
             num_warps=config.warps, num_stages=config.stages,
@@ -243,10 +263,9 @@ def batch_norm_relu_conv2d_backward_input(
     key = shape_class(
         rows, size, kernel, stride, by_rows, pending is not None, input.dtype, precision
     )
-    capability = devices.properties(input.device).capability
     choices = product_configs(
         size.group_in, size.group_out, by_rows * kernel[0], input.dtype, precision, capability,
-        rows_inner=64 // input.element_size(),
+        pending is not None,
     )  # fmt: skip
     op = "batch_norm_relu_conv2d_backward_input"
     config = tuning.select(op, key, choices, launch, input.device)

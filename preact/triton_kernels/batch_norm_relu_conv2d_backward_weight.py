@@ -17,6 +17,7 @@ from .. import device as devices
 from .. import reference, tuning
 from ._conv2d_rows import batch_norm_relu_conv2d_backward_weight_rows_kernel
 from ._maps import check_vectors
+from ._packed import activate, activation_code
 from ._partials import TILES, merge_sums
 from ._prologue import (
     LITTLE_SHARED,
@@ -28,7 +29,6 @@ from ._prologue import (
     float32_precision,
     like_layout,
     load_norm,
-    normalise,
     rows_apply,
     shape_class,
     sizes,
@@ -71,8 +71,10 @@ def batch_norm_relu_conv2d_backward_weight_kernel(
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SAME: tl.constexpr,  # the result has the input's size, and each pixel of it lies above one
-    EVEN: tl.constexpr,  # no tile has idle columns or rows
+    EVEN: tl.constexpr,  # no tile has idle channels
+    WHOLE: tl.constexpr,  # no tile has idle pixels
     PRECISION: tl.constexpr,
+    CODE: tl.constexpr,  # of ``activate``
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -129,11 +131,9 @@ def batch_norm_relu_conv2d_backward_weight_kernel(
             pixel = ((image * height + y) * width + x).to(tl.int64)
             pointers = input_ptr + pixel[:, None] * channels + channel[None, :]
             values = tl.load(pointers, mask, other=0.0)
-        z = normalise(values, mean[None, :], scale[None, :], bias[None, :])
-        if PADDED:
-            # A factor takes half the instructions of selecting packed values.
-            z *= tl.where(inside, 1.0, 0.0)[:, None]
-        activation = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL).to(values.dtype)
+        activation = activate(
+            values, mean[None, :], scale[None, :], bias[None, :], inside, PADDED, CODE
+        )  # fmt: skip
         acc = tl.dot(tl.trans(grad), activation, acc, input_precision=PRECISION)
         q += step_q
         p += step_p + tl.where(q >= out_width, 1, 0)
@@ -168,9 +168,12 @@ def configs(
     if not by_rows:
         return each_tap
     if capability in WARP_GROUP:
-        columns = block_n if capability in TENSOR_MEMORY else narrow
         # A warp group multiplies 64 rows: a second one would share its columns, not its overhead.
-        warps = 4 if block_m == 64 and columns == 64 else 8
+        # Where the result lies in tensor memory, one group has registers enough for twice the tile.
+        result, columns = 64 * 64, narrow
+        if capability in TENSOR_MEMORY:
+            result, columns = 128 * 64, block_n
+        warps = 4 if 64 <= block_m and 64 <= columns and block_m * columns <= result else 8
         return (Config(block_m, columns, block_k, warps, 2, row_taps=3), *each_tap)
     block_k = 16 if dtype == torch.float32 else 32
     return (Config(min(block_m, 64), narrow, block_k, 8, 2, row_taps=3), *each_tap)
@@ -232,7 +235,8 @@ def batch_norm_relu_conv2d_backward_weight(
             HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
             SAME=max(stride) == 1 and size[:2] == size[4:6],
             EVEN=size.group_out % config.block_m == 0 and group_in % config.block_n == 0,
-            PRECISION=precision,
+            WHOLE=rows % config.block_k == 0,
+            PRECISION=precision, CODE=activation_code(input.dtype, properties.capability),
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip

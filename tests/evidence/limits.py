@@ -67,7 +67,8 @@ def products_of(instruction: str, block_m: int, block_n: int, warps: int, tf32: 
         assert int(shape.group(2)) == depth, instruction
         return 64 * int(shape.group(1)) * depth * (warps // 4)
     if instruction.startswith("UTCHMMA"):
-        return min(block_m, 128) * block_n * depth
+        # One of 64 rows takes as long as one of 128: half of the unit idles.
+        return 128 * block_n * depth
     raise AssertionError(f"a matrix instruction of unknown size: {instruction}")
 
 
@@ -94,15 +95,15 @@ def limits(row: Mapping[str, object]) -> Limits:
     block_m, block_n, _ = map(int, str(row["block"]).split("x"))
     each = {products_of(name, block_m, block_n, warps, tf32) for name in names.split()}
     assert len(each) == 1, f"instructions of several sizes in one loop: {names}"
-    products = int(str(row["loop_tensor_core"])) * each.pop()
+    multiplied = int(str(row["loop_tensor_core"])) * each.pop()
     rate = PRODUCTS[arch] // (2 if tf32 else 1)
     gpu = costs.nearest_gpu(arch)
-    moved, multiplied = layer_costs(kernel, parsed(str(row["maps"])), 4 if tf32 else 2)
+    moved, products = layer_costs(kernel, parsed(str(row["maps"])), 4 if tf32 else 2)
     # Clocks a second of all multiprocessors together, from the device's own rate.
     own_rate = rate // 2 if arch in _HALF_RATE else rate
     clocks = (gpu.tf32 if tf32 else gpu.half) / 2 / own_rate
     return Limits(
-        matrix=products / rate,
+        matrix=multiplied / rate,
         issue=int(str(row["loop_instructions"])) * warps / _PARTS,
-        memory=products * moved / multiplied / gpu.bandwidth * clocks,
+        memory=int(str(row["loop_products"])) / products * moved / gpu.bandwidth * clocks,
     )

@@ -12,7 +12,7 @@ import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -92,6 +92,7 @@ def row(case: Case, launch: Launch, binary: Binary) -> dict[str, object]:
         "shared_bytes": binary.shared,
         "loop_instructions": len(loop.instructions) if loop else "",
         "loop_tensor_core": loop.tensor_core if loop else "",
+        "loop_products": _products(binary.name, bound) if loop else "",
         "instructions_per_tensor_core": f"{loop.per_tensor_core:.1f}" if loop else "",
         "tensor_core_instruction": _names(loop.tensor_core_names) if loop else "",
         "accesses": " ".join(
@@ -104,6 +105,13 @@ def row(case: Case, launch: Launch, binary: Binary) -> dict[str, object]:
     line["memory_clocks"] = f"{found.memory:.0f}" if found else ""
     line["limit"] = found.by if found else ""
     return line
+
+
+def _products(kernel: str, bound: dict[str, Any]) -> int:
+    """Of one step of the main loop, each once: warps that share a tile may multiply it again."""
+    tile = bound["BLOCK_M"] * bound["BLOCK_N"] * bound["BLOCK_K"]
+    by_rows = "_rows_" in kernel
+    return int(tile * (3 if by_rows else 1) * bound.get("KERNEL_ROWS", 1))
 
 
 def _names(names: set[str]) -> str:

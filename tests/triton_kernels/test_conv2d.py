@@ -11,6 +11,7 @@ from torch import Tensor
 from preact import reference, tuning
 from preact.triton_kernels._prologue import Config
 
+from ..evidence import interpreter, ptx
 from ..tolerances import assert_as_good_as_eager
 
 OPS = torch.ops.preact_triton
@@ -189,6 +190,18 @@ def test_backward(config, case, dtype, pending, added, device, tiles):
     terms = float(found[0].double().abs().sum((0, 2, 3)).max())
     compare("sum_dz_x sum_dz", found[1:3], *sums, terms)
     assert found[3].stride() == reference.preserve_layout(found[3], given.conv_weight).stride()
+
+
+@pytest.mark.skipif(not interpreter.ACTIVE, reason="a GPU runs that code in every test")
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("config", [SMALL, ROWS])
+@pytest.mark.parametrize("arch", [90, 100])
+def test_the_packed_code(arch, config, dtype, device, tiles):
+    """What a GPU of that architecture is given instead of the arithmetic written out."""
+    with ptx.executed(arch) as ran:
+        test_forward(config, CASES["3x3"], dtype, True, device, tiles)
+        test_backward(config, CASES["3x3"], dtype, True, False, device, tiles)
+    assert len(ran) == 2, "one piece of code for the activation, one for a pending gradient"
 
 
 def test_each_gradient_alone_is_that_of_both(device):
