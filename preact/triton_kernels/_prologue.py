@@ -195,6 +195,8 @@ class Config(NamedTuple):
     """Taps along a row that one tile of the input serves: 1, or all three at once."""
     kernel_rows: int = 1
     """Rows of the kernel that one step of the sum takes: 1, or all at once."""
+    stacked: int = 1
+    """Parts of the tile's rows: 4, one for each tap of a row and an idle one, or 1."""
 
 
 class Sizes(NamedTuple):
@@ -334,7 +336,8 @@ def product_configs(
     if capability in WARP_GROUP:
         most = 64 if pending is None else 64 // dtype.itemsize
         return (Config(128, narrow, min(block_k, 32, most), 8, 2, 3, kernel_rows), *each_tap)
-    warps = 4 if narrow == 32 else 8  # in eight ptxas spills 8 bytes of it on sm_80
+    # Eight would multiply narrow tiles twice, and ptxas spills 8 bytes of 32 columns on sm_80.
+    warps = 4 if narrow <= 32 else 8
     return (Config(64, narrow, min(block_k, 32), warps, 3, row_taps=3), *each_tap)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import device as devices
 from .. import reference, tuning
-from ._conv2d_rows import batch_norm_relu_conv2d_backward_weight_rows_kernel
+from ._conv2d_rows_weight import batch_norm_relu_conv2d_backward_weight_rows_kernel
 from ._maps import check_vectors
 from ._packed import activate, activation_code
 from ._partials import TILES, merge_sums
@@ -71,6 +71,7 @@ def batch_norm_relu_conv2d_backward_weight_kernel(
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SAME: tl.constexpr,  # the result has the input's size, and each pixel of it lies above one
+    STACKED: tl.constexpr,  # never here
     EVEN: tl.constexpr,  # no tile has idle channels
     WHOLE: tl.constexpr,  # no tile has idle pixels
     PRECISION: tl.constexpr,
@@ -167,13 +168,18 @@ def configs(
     )
     if not by_rows:
         return each_tap
+    if block_m <= 32:
+        # Warps share 64 or 128 rows, where with one tap's they would multiply the same.
+        warps = 4 if block_m == 16 or capability in WARP_GROUP else 8
+        pixels = block_k * 32 // block_m
+        return (Config(4 * block_m, narrow, pixels, warps, 2, row_taps=3, stacked=4), *each_tap)
     if capability in WARP_GROUP:
         # A warp group multiplies 64 rows: a second one would share its columns, not its overhead.
         # Where the result lies in tensor memory, one group has registers enough for twice the tile.
         result, columns = 64 * 64, narrow
         if capability in TENSOR_MEMORY:
             result, columns = 128 * 64, block_n
-        warps = 4 if 64 <= block_m and 64 <= columns and block_m * columns <= result else 8
+        warps = 4 if columns >= 64 and block_m * columns <= result else 8
         return (Config(block_m, columns, block_k, warps, 2, row_taps=3), *each_tap)
     block_k = 16 if dtype == torch.float32 else 32
     return (Config(min(block_m, 64), narrow, block_k, 8, 2, row_taps=3), *each_tap)
@@ -214,8 +220,9 @@ def batch_norm_relu_conv2d_backward_weight(
             if config.row_taps > 1
             else batch_norm_relu_conv2d_backward_weight_kernel
         )
+        block_o = config.block_m // config.stacked
         tiles = (
-            triton.cdiv(size.group_out, config.block_m)
+            triton.cdiv(size.group_out, block_o)
             * triton.cdiv(group_in, config.block_n)
             * (kernel[0] * kernel[1] // config.row_taps)
         )
@@ -234,7 +241,8 @@ def batch_norm_relu_conv2d_backward_weight(
             KERNEL_H=kernel[0], KERNEL_W=kernel[1], PADDED=max(padding) > 0,
             HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
             SAME=max(stride) == 1 and size[:2] == size[4:6],
-            EVEN=size.group_out % config.block_m == 0 and group_in % config.block_n == 0,
+            STACKED=config.stacked > 1,
+            EVEN=size.group_out % block_o == 0 and group_in % config.block_n == 0,
             WHOLE=rows % config.block_k == 0,
             PRECISION=precision, CODE=activation_code(input.dtype, properties.capability),
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,

@@ -51,6 +51,19 @@ class Loop:
     def tensor_core_names(self) -> set[str]:
         return {i.name for i in self.instructions if TENSOR_CORE.match(i.name)}
 
+    def shared_bytes(self, warps: int) -> int:
+        """What ``warps`` move to and from shared memory, but for what a product reads itself.
+
+        A load counts one access of 128 bytes, the least: its lanes may ask for the same words.
+        """
+        stored = sum(
+            32 * _width(i.name) for i in self.instructions if re.match(r"(STS|LDGSTS)\b", i.name)
+        )
+        loads = sum(
+            i.name.startswith("LDS") and "[RZ]" not in i.operands for i in self.instructions
+        )
+        return warps * (stored + 128 * loads)
+
     @property
     def per_tensor_core(self) -> float:
         """Instructions issued for each matrix instruction, that one included."""

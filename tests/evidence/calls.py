@@ -33,27 +33,40 @@ Calls = dict[str, Callable[[], Any]]
 SHAPE, NARROW = (32, 64, 56, 56), (32, 96, 14, 14)
 
 
+OUT_SIZE = 28
+
+
 class Convolution(NamedTuple):
     kernel: int
     channels: int
     out_channels: int
+    stride: int = 1
 
     def __str__(self) -> str:
-        return f"{self.kernel}x{self.kernel} {self.channels}->{self.out_channels}"
+        strided = "" if self.stride == 1 else f" /{self.stride}"
+        return f"{self.kernel}x{self.kernel} {self.channels}->{self.out_channels}{strided}"
+
+    @property
+    def input_shape(self) -> tuple[int, int, int, int]:
+        return (32, self.channels, *(self.stride * OUT_SIZE,) * 2)
 
 
 def parsed(text: str) -> Convolution:
     """The convolution that ``str`` made ``text`` of."""
-    found = re.fullmatch(r"(\d+)x\d+ (\d+)->(\d+)", text)
+    found = re.fullmatch(r"(\d+)x\d+ (\d+)->(\d+)(?: /(\d+))?", text)
     assert found, text
-    kernel, channels, outs = map(int, found.groups())
-    return Convolution(kernel, channels, outs)
+    kernel, channels, outs, stride = (int(part or 1) for part in found.groups())
+    return Convolution(kernel, channels, outs, stride)
 
 
 # Tiles of each size that the channels of CIFAR's and ImageNet's networks lead to.
 WIDE = (Convolution(3, 64, 128), Convolution(1, 64, 128))
 NARROWER = (Convolution(3, 16, 16), Convolution(3, 32, 32), Convolution(1, 64, 16))
-ALL_CONVOLUTIONS = (*WIDE, *NARROWER, Convolution(3, 64, 64), Convolution(1, 256, 64))
+STRIDED = Convolution(3, 64, 128, 2)
+ALL_CONVOLUTIONS = (
+    *WIDE, *NARROWER, Convolution(3, 64, 64), Convolution(1, 256, 64), Convolution(3, 128, 128),
+    STRIDED,
+)  # fmt: skip
 
 
 def streaming(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> Calls:
@@ -75,12 +88,13 @@ def streaming(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -
 
 def convolution(case: Convolution, dtype: torch.dtype) -> Calls:
     """Forward with a residual, backward with a pending gradient that the first kernel forms."""
-    kernel, channels, outs = case
-    x, out = (meta(32, n, 28, 28, dtype=dtype) for n in (channels, outs))
+    kernel, channels, outs, stride = case
+    x = meta(*case.input_shape, dtype=dtype)
+    out = meta(32, outs, OUT_SIZE, OUT_SIZE, dtype=dtype)
     conv_weight = meta(outs, channels, kernel, kernel, dtype=dtype)
     vector = torch.empty(channels, device="meta")
     prefix = (x, *(vector,) * 4, 1e-5, conv_weight)
-    geometry = ((1, 1), (kernel // 2, kernel // 2), (1, 1), 1)
+    geometry = ((stride, stride), (kernel // 2, kernel // 2), (1, 1), 1)
     pending = (out, torch.empty(4, outs, device="meta"))
     return {
         "forward": lambda: batch_norm_relu_conv2d(*prefix, None, out, *geometry),

@@ -1,23 +1,35 @@
-"""Which part of a processor limits a convolution's main loop, by counting what it issues.
+"""What limits a convolution's main loop, by counting: multiplying, issuing, or moving.
 
-A multiprocessor has four parts, each of which issues one instruction a clock and has a matrix unit
-of its own. A warp's instruction on that unit occupies it for as many clocks as its products take at
-the architecture's peak rate, so a loop may issue as many others in that time before issuing, and
-not multiplying, is what it waits for:
+For one step of the main loop of one block, in clocks of a multiprocessor:
 
-=============================== =============================== ====================
-instruction                     products                        clocks of one part
-=============================== =============================== ====================
-HMMA 16x8x16 (TF32: 16x8x8)     2048 (1024), by a warp          8 on sm_80, 16 on
-                                                                sm_86, 89 and 120, 4
-                                                                on sm_90 and 100
-HGMMA 64xNx16 (TF32: 64xNx8)    1024 N (512 N), by four warps   N / 2 on sm_90
-UTCHMMA MxNx16 (TF32: MxNx8)    16 M N (8 M N), by a block      M N / 256 on sm_100
-=============================== =============================== ====================
+matrix
+    Every product once, at the peak rate of the matrix units; on sm_100 an instruction of 64 rows
+    takes as long as one of 128.
+issue
+    Instructions of the loop's machine code, of all warps: each of four parts issues one a clock.
+    Instructions that one thread alone issues count for every warp, as its part waits for them. A
+    pending gradient that is stored goes through a loop of its own, whose share is in it.
+shared
+    Bytes that the loop writes to shared memory and reads from there, and the operands that a matrix
+    instruction reads itself, at 128 bytes a clock.
+memory
+    The layer's maps and weights, each once, by the cost model's kernels, at the bandwidth of the
+    architecture's fastest memory: the step's share of them, by its products.
 
-The third limit is memory: the bytes of the layer's maps and weights, each once, at the bandwidth of
-the architecture's fastest memory. Where moving them takes longer than multiplying, as with few
-channels, the instructions have that time too.
+A layer with few channels moves more than it multiplies: whoever waits for memory has that time to
+issue. So a loop is limited by issuing only where that takes longer than any of the others.
+
+Sources of the rates, by the names of the documents:
+
+- matrix: NVIDIA's white papers on A100, GA102, H100 and RTX Blackwell and the data sheet of B200:
+  dense products of half types added in float32, over multiprocessors and boost clock.
+- an instruction of 64 rows on sm_100, and operands from shared memory there: SemiAnalysis,
+  microbench-blackwell, umma_throughput, measured on a B200: N / 2 clocks for 128 x N x 16, at most
+  half of the peak with 64 rows, and 32 + N / 4 for narrow N with both operands from shared memory,
+  which is 128 bytes a clock.
+- issue and shared memory: CUDA C++ Programming Guide, "Compute Capabilities": four warp schedulers,
+  one instruction a clock each; 32 banks of 32 bits a clock.
+- memory: the data sheets in ``preact.costs.GPUS``.
 """
 
 from __future__ import annotations
@@ -28,61 +40,74 @@ from typing import NamedTuple
 
 from preact import costs
 
-from .calls import Convolution, parsed
+from .calls import parsed
 
 PRODUCTS = {80: 1024, 86: 512, 89: 512, 90: 2048, 100: 4096, 120: 512}
 """Products of half types, added in float32, of a multiprocessor in a clock; half as many of TF32.
 
-From the makers' data sheets, of the architecture's fastest device: GeForce ones of sm_86, 89 and
-120 have half that rate, so that their matrix units limit a loop sooner.
+GeForce devices of sm_86, 89 and 120 have half that rate, so that their matrix units limit a loop
+sooner.
 """
 _PARTS = 4
+_SHARED_BYTES = 128
 _HALF_RATE = (86, 89, 120)
 """Architectures whose device in ``costs.GPUS`` adds in float32 at half that rate."""
 
 
 class Limits(NamedTuple):
-    """Clocks of one part of a multiprocessor for one step of the main loop of one block."""
+    """Clocks of one step of the main loop of one block."""
 
     matrix: float
     issue: float
+    shared: float
     memory: float
+    useful: float
+    """Of the step's products at the peak rate."""
 
     @property
     def by(self) -> str:
         """What takes longest. A tie is not the instructions'."""
-        if self.issue > max(self.matrix, self.memory):
-            return "issue"
-        return "matrix" if self.matrix >= self.memory else "memory"
+        others = {"matrix": self.matrix, "shared": self.shared, "memory": self.memory}
+        longest = max(others, key=lambda name: others[name])
+        return "issue" if self.issue > others[longest] else longest
+
+    @property
+    def excess(self) -> float:
+        """Issuing, over what takes longest besides."""
+        return self.issue / max(self.matrix, self.shared, self.memory)
+
+    @property
+    def share(self) -> float:
+        """Of the peak rate of multiplying, where maps are at hand: what the cost model counts."""
+        return self.useful / max(self.matrix, self.issue)
 
 
-def products_of(instruction: str, block_m: int, block_n: int, warps: int, tf32: bool) -> int:
-    """Products of one matrix instruction of the listing, by all the block's warps that issue it."""
-    depth = 8 if tf32 else 16
-    if instruction.startswith("HMMA"):
-        return 16 * 8 * depth * warps
-    if instruction.startswith("HGMMA"):
-        shape = re.match(r"HGMMA\.64x(\d+)x(\d+)", instruction)
-        assert shape, instruction
-        assert int(shape.group(2)) == depth, instruction
-        return 64 * int(shape.group(1)) * depth * (warps // 4)
-    if instruction.startswith("UTCHMMA"):
-        # One of 64 rows takes as long as one of 128: half of the unit idles.
-        return 128 * block_n * depth
-    raise AssertionError(f"a matrix instruction of unknown size: {instruction}")
-
-
-def layer_costs(kernel: str, case: Convolution, itemsize: int) -> tuple[int, int]:
-    """Bytes and products of one call at the layer ``case``, by the cost model's kernels."""
-    shape = (case.channels, 28, 28)
+def layer_costs(kernel: str, maps: str, itemsize: int) -> tuple[int, int]:
+    """Bytes and products of one call at the layer ``maps`` names, by the cost model's kernels."""
+    case = parsed(maps)
     weight = (case.out_channels, case.channels, case.kernel, case.kernel)
-    layer = costs.layer((32, *shape), weight, padding=(case.kernel // 2,) * 2)
+    strides, padding = (case.stride,) * 2, (case.kernel // 2,) * 2
+    layer = costs.layer(case.input_shape, weight, strides, padding)
     if "backward" not in kernel:
         (own,) = costs.own_forward(layer, adds=True)
     else:
         of_input, of_weight = costs.own_backward(layer, pending=True, leaves=True)
         own = of_weight if "weight" in kernel else of_input
     return own.bytes(itemsize), own.products
+
+
+def operand_bytes(instruction: str, block_m: int, block_n: int, itemsize: int) -> int:
+    """What one matrix instruction reads from shared memory by itself; the weights at least."""
+    depth = 32 // itemsize
+    if instruction.startswith("HGMMA"):
+        return _columns(instruction) * depth * itemsize
+    return block_n * depth * itemsize if instruction.startswith("UTCHMMA") else 0
+
+
+def _columns(instruction: str) -> int:
+    shape = re.match(r"HGMMA\.64x(\d+)x", instruction)
+    assert shape, instruction
+    return int(shape.group(1))
 
 
 def limits(row: Mapping[str, object]) -> Limits:
@@ -92,18 +117,31 @@ def limits(row: Mapping[str, object]) -> Limits:
         str(row[name]) for name in ("kernel", "dtype", "tensor_core_instruction")
     )
     tf32 = dtype == "float32"
-    block_m, block_n, _ = map(int, str(row["block"]).split("x"))
-    each = {products_of(name, block_m, block_n, warps, tf32) for name in names.split()}
-    assert len(each) == 1, f"instructions of several sizes in one loop: {names}"
-    multiplied = int(str(row["loop_tensor_core"])) * each.pop()
+    itemsize = 4 if tf32 else 2
+    block_m, block_n, block_k = map(int, str(row["block"]).split("x"))
     rate = PRODUCTS[arch] // (2 if tf32 else 1)
+    products, matrix_instructions = (
+        int(str(row[name])) for name in ("loop_products", "loop_tensor_core")
+    )
+    matrix = products / rate
+    if "UTCHMMA" in names:
+        matrix = matrix_instructions * 128 * block_n * (32 // itemsize) / rate
+    read = matrix_instructions * max(
+        operand_bytes(name, block_m, block_n, itemsize) for name in names.split()
+    )
+    if names.startswith("HGMMA"):
+        read *= warps // 4
+    issued = int(str(row["loop_instructions"]))
+    forming = float(str(row["forming_instructions"] or 0))
     gpu = costs.nearest_gpu(arch)
-    moved, products = layer_costs(kernel, parsed(str(row["maps"])), 4 if tf32 else 2)
+    moved, multiplied = layer_costs(kernel, str(row["maps"]), itemsize)
     # Clocks a second of all multiprocessors together, from the device's own rate.
     own_rate = rate // 2 if arch in _HALF_RATE else rate
     clocks = (gpu.tf32 if tf32 else gpu.half) / 2 / own_rate
     return Limits(
-        matrix=multiplied / rate,
-        issue=int(str(row["loop_instructions"])) * warps / _PARTS,
-        memory=int(str(row["loop_products"])) / products * moved / gpu.bandwidth * clocks,
+        matrix=matrix,
+        issue=(issued + forming) * warps / _PARTS,
+        shared=(int(str(row["loop_shared_bytes"])) + read) / _SHARED_BYTES,
+        memory=products / multiplied * moved / gpu.bandwidth * clocks,
+        useful=products / rate,
     )

@@ -70,7 +70,8 @@ def check(case: Case, launch: Launch) -> Binary:
     return binary
 
 
-def row(case: Case, launch: Launch, binary: Binary) -> dict[str, object]:
+def row(case: Case, launch: Launch, binary: Binary, default: bool = True) -> dict[str, object]:
+    """``default``: whether the launcher takes this configuration where nothing is measured."""
     bound = launch.bound()
     blocks = "x".join(str(v) for k, v in bound.items() if k.startswith(("BLOCK", "TILES")))
     maps = case.of
@@ -84,6 +85,7 @@ def row(case: Case, launch: Launch, binary: Binary) -> dict[str, object]:
         "maps": maps,
         "dtype": str(case.dtype).removeprefix("torch."),
         "product": case.precision if "BLOCK_M" in bound and not is_product else "",
+        "default": "yes" if default else "",
         "block": blocks,
         "warps": binary.num_warps,
         "stages": launch.options().get("num_stages", ""),
@@ -91,9 +93,11 @@ def row(case: Case, launch: Launch, binary: Binary) -> dict[str, object]:
         "local_bytes": binary.stack,
         "shared_bytes": binary.shared,
         "loop_instructions": len(loop.instructions) if loop else "",
+        "forming_instructions": _forming(binary, bound) if loop else "",
         "loop_tensor_core": loop.tensor_core if loop else "",
         "loop_products": _products(binary.name, bound) if loop else "",
         "instructions_per_tensor_core": f"{loop.per_tensor_core:.1f}" if loop else "",
+        "loop_shared_bytes": loop.shared_bytes(binary.num_warps) if loop else "",
         "tensor_core_instruction": _names(loop.tensor_core_names) if loop else "",
         "accesses": " ".join(
             f"{kind}.{8 * width}:{n}" for (kind, width), n in sorted(binary.global_accesses.items())
@@ -101,6 +105,7 @@ def row(case: Case, launch: Launch, binary: Binary) -> dict[str, object]:
     }  # fmt: skip
     found = limits(line) if loop else None
     line["matrix_clocks"] = f"{found.matrix:.0f}" if found else ""
+    line["shared_clocks"] = f"{found.shared:.0f}" if found else ""
     line["issue_clocks"] = f"{found.issue:.0f}" if found else ""
     line["memory_clocks"] = f"{found.memory:.0f}" if found else ""
     line["limit"] = found.by if found else ""
@@ -110,8 +115,25 @@ def row(case: Case, launch: Launch, binary: Binary) -> dict[str, object]:
 def _products(kernel: str, bound: dict[str, Any]) -> int:
     """Of one step of the main loop, each once: warps that share a tile may multiply it again."""
     tile = bound["BLOCK_M"] * bound["BLOCK_N"] * bound["BLOCK_K"]
+    if bound.get("STACKED"):
+        return int(tile * 3 / 4)
     by_rows = "_rows_" in kernel
     return int(tile * (3 if by_rows else 1) * bound.get("KERNEL_ROWS", 1))
+
+
+def _forming(binary: Binary, bound: dict[str, Any]) -> str:
+    """Instructions, for each step of the main loop, of the one that stores a pending gradient."""
+    if bound.get("FORM_H", -1) < 0:
+        return ""
+    stores = [
+        len(loop.instructions)
+        for loop in binary.loops
+        if not loop.tensor_core and any(i.name.startswith("STG") for i in loop.instructions)
+    ]
+    assert stores, f"no loop of {binary.name} stores a map"
+    taps = bound["KERNEL_H"] * bound["KERNEL_W"]
+    steps = taps // (3 if "_rows_" in binary.name else 1) // bound["KERNEL_ROWS"]
+    return f"{max(stores) / steps:.1f}"
 
 
 def _names(names: set[str]) -> str:
@@ -133,7 +155,9 @@ def main(file: str, architectures: Sequence[int] = ARCHITECTURES) -> int:
     with Path(file).open("w", newline="", encoding="utf-8") as stream:
         writer = None
         for case in every_case(architectures):
-            for launch in case.launches():
+            launches = case.launches()
+            default = [x for x in launches if not x.name.startswith("merge")][-1]
+            for launch in launches:
                 source = (case.arch, _source(launch))
                 if launch.name.startswith("merge") and source in merging:
                     continue
@@ -144,7 +168,7 @@ def main(file: str, architectures: Sequence[int] = ARCHITECTURES) -> int:
                     failed += 1
                     print(f"{case}: {error}", flush=True)
                     binary = compile_launch(launch, case.arch)
-                line = row(case, launch, binary)
+                line = row(case, launch, binary, launch is default)
                 if str(line) in done:
                     continue
                 done.add(str(line))

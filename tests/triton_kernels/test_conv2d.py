@@ -92,6 +92,7 @@ def sample(case: Case, dtype: torch.dtype, device: torch.device, affine: bool = 
 
 
 ROWS = Config(32, 16, 16, 4, 2, row_taps=3)
+STACKED = Config(64, 16, 16, 4, 2, row_taps=3, stacked=4)
 ROW_CASES = {
     "3x3": CASES["3x3"],
     "no idle column": Case((2, 32, 5, 6), 16, (3, 3), padding=(1, 1)),
@@ -138,6 +139,7 @@ BACKWARD = [
     *((SMALL, c, torch.float32, i % 2 == 0, i % 3 == 0) for i, c in enumerate(CASES.values())),
     *((ROWS, c, torch.float32, i % 2 == 0, i < 2) for i, c in enumerate(ROW_CASES.values())),
     *((whole_kernels(c), c, torch.float32, True, False) for c in ROW_CASES.values()),
+    *((STACKED, c, torch.float32, False, False) for c in ROW_CASES.values()),
     (SMALL, CASES["3x3"], torch.bfloat16, True, True),
     (SMALL, CASES["3x3"], torch.float16, False, False),
     (ROWS, CASES["3x3"], torch.bfloat16, False, True),
