@@ -48,6 +48,8 @@ CONVOLUTIONS = (
     Convolution((2, 24, 9, 6), 16, (3, 3), (2, 2), (1, 1)),
     Convolution((2, 16, 6, 9), 24, (1, 1), (2, 2)),
     Convolution((2, 12, 5, 5), 6, (3, 3), padding=(1, 1), groups=3),
+    # Full tiles, for which kernels leave out what looks after the rest.
+    Convolution((1, 64, 8, 8), 64, (3, 3), padding=(1, 1)),
 )
 
 

@@ -22,6 +22,7 @@ import logging
 import os
 import re
 import statistics
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -45,11 +46,18 @@ SETTINGS = ("auto", "off", "measure")
 _log = logging.getLogger("preact")
 _chosen: dict[tuple[int, str, str], tuple[object, ...]] = {}
 _thread = threading.local()
+_writing = threading.Lock()
 
 
 def cache_folder() -> Path:
     named = os.environ.get("PREACT_CACHE_DIR", "").strip()
-    return Path(named) if named else Path.home() / ".cache" / "preact"
+    if named:
+        return Path(named)
+    try:
+        home = Path.home()
+    except RuntimeError:  # a container's user may have none
+        home = Path(tempfile.gettempdir())
+    return home / ".cache" / "preact"
 
 
 def _version(package: str) -> str:
@@ -77,17 +85,21 @@ def _stored(path: Path) -> dict[str, list[object]]:
 
 
 def _store(path: Path, entry: str, config: Sequence[object]) -> None:
-    """Adds one choice; processes that write at once lose one of the two, never the file."""
-    _stored.cache_clear()
-    content = {**_stored(path), entry: list(config)}
-    temporary = path.with_suffix(f".{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content, indent=0, sort_keys=True), encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        _log.info("the tuning result is not kept: %s", error)
-    _stored.cache_clear()
+    """Adds one choice; processes that write at once lose one of the two, never the file.
+
+    Threads lose none: autograd runs backward in one for each device.
+    """
+    with _writing:
+        _stored.cache_clear()
+        content = {**_stored(path), entry: list(config)}
+        temporary = path.with_suffix(f".{os.getpid()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(content, indent=0, sort_keys=True), encoding="utf-8")
+            temporary.replace(path)
+        except OSError as error:
+            _log.info("the tuning result is not kept: %s", error)
+        _stored.cache_clear()
 
 
 def setting() -> str:
@@ -211,7 +223,8 @@ def select(
 ) -> Config:
     """The configuration for a call of ``op`` in the shape class ``key``, on a GPU.
 
-    ``configs`` are the choices, the written default first; ``launch`` runs the kernel with one.
+    ``configs`` are the choices, the written default first; ``launch`` runs the kernel with one. One
+    that raises, as where a device has less shared memory than its kind, is left out.
     """
     if len(configs) == 1 or device.type != "cuda":
         return configs[0]
@@ -220,11 +233,27 @@ def select(
         return known
     if why_not(device):
         return configs[0]
+    failed: list[Config] = []
+
+    def attempt(config: Config) -> None:
+        if config in failed:
+            return
+        try:
+            launch(config)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a compilation or a launch raises
+            _log.warning("%s cannot run with %s: %s", op, config, error)
+            failed.append(config)
+
     with torch.cuda.device(device):
-        times = measure([functools.partial(launch, config) for config in configs], device)
-    best = configs[times.index(min(times))]
-    remember(op, key, best, device)
-    return best
+        times = measure([functools.partial(attempt, config) for config in configs], device)
+    ranked = sorted(zip(times, range(len(configs)), strict=True))
+    for _, index in ranked:
+        if configs[index] not in failed:
+            remember(op, key, configs[index], device)
+            return configs[index]
+    return configs[0]
 
 
 def is_known(op: str, key: str, device: torch.device) -> bool:

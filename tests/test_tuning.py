@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,3 +88,45 @@ def test_nothing_is_measured_where_it_must_not_be(
     finally:
         torch.use_deterministic_algorithms(False)
     assert measured == []
+
+
+def test_a_configuration_that_raises_is_left_out(measured: list[int]) -> None:
+    def launch(config: Config) -> None:
+        if config == CONFIGS[-1]:
+            raise RuntimeError("out of resources: shared memory")
+
+    assert tuning.select("op", "class", CONFIGS, launch, GPU) == CONFIGS[-2]
+    assert tuning.kept("op", "class", GPU) == CONFIGS[-2]
+
+
+def test_where_all_raise_the_default_says_why(measured: list[int]) -> None:
+    def launch(config: Config) -> None:
+        raise RuntimeError("no kernel image")
+
+    assert tuning.select("op", "class", CONFIGS, launch, GPU) == CONFIGS[0]
+    assert tuning.kept("op", "class", GPU) is None
+
+
+def test_memory_that_does_not_suffice_is_the_callers_to_handle(measured: list[int]) -> None:
+    def launch(config: Config) -> None:
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        tuning.select("op", "class", CONFIGS, launch, GPU)
+
+
+def test_a_user_without_a_home_has_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("PREACT_CACHE_DIR", raising=False)
+    monkeypatch.setattr(Path, "home", none)
+    assert tuning.cache_folder().name == "preact"
+
+
+def test_threads_that_write_at_once_lose_nothing(measured: list[int], tmp_path: Path) -> None:
+    path = tmp_path / "cache" / "choices.json"
+    entries = [f"op {number}" for number in range(40)]
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda entry: tuning._store(path, entry, (1, 2)), entries))
+    assert set(json.loads(path.read_text())) == set(entries)

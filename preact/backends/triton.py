@@ -65,6 +65,15 @@ def _launcher(name: str) -> Callable[..., Any] | None:
     return launcher
 
 
+def _prepared(argument: Any) -> Any:
+    """A per-channel vector as the kernels read it: without gaps, and not in a half type, in which
+    statistics and partial sums would then be kept. Anything else as it is."""
+    if not isinstance(argument, Tensor) or argument.dim() != 1:
+        return argument
+    half = argument.dtype in (torch.bfloat16, torch.float16)
+    return (argument.float() if half else argument).contiguous()
+
+
 def _implementation(name: str) -> Callable[..., Any]:
     """The launcher, or the reference for what it does not take: float64 and empty maps."""
 
@@ -73,7 +82,7 @@ def _implementation(name: str) -> Callable[..., Any]:
         if launcher is None or map.dtype not in DTYPES or map.numel() == 0:
             return getattr(reference, name)(map, *args)
         with torch.cuda.device_of(map):
-            return launcher(map, *args)
+            return launcher(map, *(_prepared(argument) for argument in args))
 
     return run
 

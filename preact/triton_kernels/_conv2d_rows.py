@@ -219,14 +219,14 @@ def batch_norm_relu_conv2d_backward_input_rows_kernel(
     if FORM_H >= 0:
         tap_h = (FORM_H - first_h) // period_h
         reached = (tap_h >= 0) & (tap_h < taps_h) & (first_h + tap_h * period_h == FORM_H)
-        if reached & (tl.program_id(0) % column_tiles == 0):
-            up = base_h - tap_h * back_h
-            store_formed(
-                grad_ptr, pending_ptr, coefficients_ptr, formed_ptr,
-                corner + up.to(tl.int64) * out_width * out_channels,
-                own & ((p + up).to(tl.uint32) < out_height), group, group_out, out_channels,
-                CODE, EVEN, BLOCK_K,
-            )  # fmt: skip
+        up = base_h - tap_h * back_h
+        store_formed(
+            grad_ptr, pending_ptr, coefficients_ptr, formed_ptr,
+            corner + up.to(tl.int64) * out_width * out_channels,
+            own & ((p + up).to(tl.uint32) < out_height),
+            reached & (tl.program_id(0) % column_tiles == 0), group, group_out, out_channels,
+            CODE, EVEN, BLOCK_K,
+        )  # fmt: skip
 
     left = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     middle = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-PAIRED = (100, 103, 120)
-"""Compute capabilities that multiply and add in pairs of float32, and subtract from half types."""
+PAIRED = 100
+"""Compute capability from which float32 multiplies and adds in pairs, and half types subtract."""
 
 _HALF = {torch.bfloat16: "bf16", torch.float16: "f16"}
 _REGISTERS = ".reg .b16 l, h; .reg .b32 a, b, c, d; .reg .b64 x, y, z;"
@@ -58,7 +58,7 @@ def _kind(dtype: torch.dtype, capability: int) -> tuple[str, bool] | None:
     """None where the kernels do without: in float32, and in the interpreter, which runs no PTX."""
     if dtype not in _HALF or knobs.runtime.interpret:
         return None
-    return _HALF[dtype], capability in PAIRED
+    return _HALF[dtype], capability >= PAIRED
 
 
 def activation_code(dtype: torch.dtype, capability: int) -> str:

@@ -148,6 +148,7 @@ def store_formed(
     formed_ptr,
     corner,  # [BLOCK_M]: where each row's first channel of the group lies
     inside,  # [BLOCK_M]: the rows to store
+    wanted,  # whether this program stores at all
     group,
     group_out,
     out_channels,
@@ -160,7 +161,7 @@ def store_formed(
     Not from the main loop, whose product wants it laid out otherwise: the compiler would form it
     twice at every tap.
     """
-    for block in range(0, group_out, BLOCK_K):
+    for block in range(0, tl.where(wanted, group_out, 0), BLOCK_K):
         channel = block + tl.arange(0, BLOCK_K)
         mask = in_range(channel, group_out, EVEN)
         coefficients = load_coefficients(
@@ -256,7 +257,7 @@ WARP_GROUP = (90, 100, 103)
 TENSOR_MEMORY = (100, 103)
 """Compute capabilities whose matrix instructions leave the result in memory of its own."""
 
-LITTLE_SHARED = (86, 89, 120)
+LITTLE_SHARED = (86, 89, 120, 121)
 """Compute capabilities with 99 KiB of shared memory for a block: no room for a third stage."""
 
 MOST_ROW_DILATION = 4
@@ -313,14 +314,15 @@ def product_configs(
     if dtype == torch.float32:
         block_n, block_k = min(block_n, 64), min(block_k, 32)
         if precision == "ieee":
-            # ptxas spills 8 bytes of 64 rows on sm_120.
-            return (Config(32 if capability == 120 else 64, min(block_n, 32), 16, 4, 2),)
+            # ptxas spills 8 bytes of 64 rows on some architectures.
+            rows = 64 if capability in WARP_GROUP else 32
+            return (Config(rows, min(block_n, 32), 16, 4, 2),)
     if capability in TENSOR_MEMORY:
         return _tensor_memory_configs(block_n, block_k, kernel_rows > 0, dtype, pending)
     stages = 2 if capability in LITTLE_SHARED else 3
     each_tap: tuple[Config, ...] = (
         Config(128, block_n, block_k, 4 if block_n <= 32 else 8, stages),
-        Config(64, block_n, block_k, 4, stages),
+        Config(64, block_n, block_k, 4 if block_n <= 64 or capability in WARP_GROUP else 8, stages),
     )
     if capability in LITTLE_SHARED and block_n > 64:
         # ptxas spills some bytes of the wide tile with many rows, or with few warps, on sm_120.

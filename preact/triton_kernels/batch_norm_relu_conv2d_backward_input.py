@@ -126,16 +126,16 @@ def batch_norm_relu_conv2d_backward_input_kernel(
         tap_w = (FORM_W - first_w) // period_w
         reached = (tap_h >= 0) & (tap_h < taps_h) & (first_h + tap_h * period_h == FORM_H)
         reached &= (tap_w >= 0) & (tap_w < taps_w) & (first_w + tap_w * period_w == FORM_W)
-        if reached & (tl.program_id(0) % column_tiles == 0):
-            up = base_h - tap_h * back_h
-            left = base_w - tap_w * back_w
-            inside = (p + up).to(tl.uint32) < out_height
-            store_formed(
-                grad_ptr, pending_ptr, coefficients_ptr, formed_ptr,
-                corner + (up.to(tl.int64) * out_width + left) * out_channels,
-                inside & ((q + left).to(tl.uint32) < out_width), group, group_out, out_channels,
-                CODE, EVEN, BLOCK_K,
-            )  # fmt: skip
+        up = base_h - tap_h * back_h
+        left = base_w - tap_w * back_w
+        inside = (p + up).to(tl.uint32) < out_height
+        store_formed(
+            grad_ptr, pending_ptr, coefficients_ptr, formed_ptr,
+            corner + (up.to(tl.int64) * out_width + left) * out_channels,
+            inside & ((q + left).to(tl.uint32) < out_width),
+            reached & (tl.program_id(0) % column_tiles == 0), group, group_out, out_channels,
+            CODE, EVEN, BLOCK_K,
+        )  # fmt: skip
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     tap_h = 0
@@ -217,6 +217,7 @@ def batch_norm_relu_conv2d_backward_input(
     kernel = tuple(conv_weight.shape[2:])
     precision = float32_precision(input.dtype)
     pending = None if pending_input is None else channels_last(pending_input)
+    coefficients = None if coefficients is None else coefficients.contiguous()
     added = None if grad_activation is None else channels_last(grad_activation)
     source, filters, grad = map(channels_last, (input, conv_weight, grad_output))
     grad_z = torch.empty_like(source, memory_format=torch.channels_last)

@@ -97,8 +97,13 @@ class Binary:
 
     @property
     def stack(self) -> int:
-        """Bytes a thread keeps in local memory; anything above 0 is a spill."""
-        return self._resource("STACK") + self._resource("LOCAL")
+        """Bytes a thread keeps in local memory; anything above 0 is a spill.
+
+        LLVM leaves a byte or two of it declared where nothing is kept there: with no instruction
+        that touches memory of a thread's own, directly or by a generic address, they are none.
+        """
+        declared = self._resource("STACK") + self._resource("LOCAL")
+        return declared if self.spills else 0
 
     @cached_property
     def sass(self) -> str:
@@ -116,8 +121,8 @@ class Binary:
 
     @property
     def spills(self) -> int:
-        """Instructions that touch local memory."""
-        return self.count(r"(LDL|STL)\b")
+        """Instructions that touch local memory, or memory that may be local."""
+        return self.count(r"(LDL|STL|LD|ST)\b")
 
     @property
     def tensor_core(self) -> int:

@@ -125,15 +125,19 @@ def _forming(binary: Binary, bound: dict[str, Any]) -> str:
     """Instructions, for each step of the main loop, of the one that stores a pending gradient."""
     if bound.get("FORM_H", -1) < 0:
         return ""
-    stores = [
-        len(loop.instructions)
+    loops = [
+        (sum(i.name.startswith("STG") for i in loop.instructions), len(loop.instructions))
         for loop in binary.loops
-        if not loop.tensor_core and any(i.name.startswith("STG") for i in loop.instructions)
+        if not loop.tensor_core
     ]
-    assert stores, f"no loop of {binary.name} stores a map"
+    # The compiler may unroll it: as many blocks to a turn as its stores say, of 16 bytes each.
+    size = bound["BLOCK_M"] * bound["BLOCK_K"] * bound["grad_ptr"].element_size()
+    block = max(size // (16 * 32 * binary.num_warps), 1)
+    found = [count * block / stores for stores, count in loops if stores]
+    assert found, f"no loop of {binary.name} stores a map"
     taps = bound["KERNEL_H"] * bound["KERNEL_W"]
     steps = taps // (3 if "_rows_" in binary.name else 1) // bound["KERNEL_ROWS"]
-    return f"{max(stores) / steps:.1f}"
+    return f"{min(found) / steps:.1f}"
 
 
 def _names(names: set[str]) -> str:
