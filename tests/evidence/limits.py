@@ -39,6 +39,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from preact import costs
+from preact.triton_kernels import _packed
 
 from .calls import parsed
 
@@ -80,6 +81,39 @@ class Limits(NamedTuple):
     def share(self) -> float:
         """Of the peak rate of multiplying, where maps are at hand: what the cost model counts."""
         return self.useful / max(self.matrix, self.issue)
+
+
+def floor(row: Mapping[str, object]) -> float:
+    """Clocks that issuing a step takes at least, by what the prologue's arithmetic is made of.
+
+    Of the packed prologues' assembly, the elements of the tile that is normalised or formed; of
+    every 16 bytes of a tile, one instruction to fetch them and one for their address; of the
+    normalised tile, one to read and one to write them. Loops, masks, barriers and matrix
+    instructions come on top.
+    """
+    arch, kernel = int(str(row["arch"])), str(row["kernel"])
+    block_m, block_n, block_k = map(int, str(row["block"]).split("x"))
+    half = str(row["dtype"]) != "float32"
+    taps = int(str(row["loop_products"])) / (block_m * block_n * block_k)
+    rows = max(taps // 3, 1) if kernel.endswith("_rows") else 1
+    paired = arch >= _packed.PAIRED
+    if "weight" in kernel:
+        # Three gradients, or one of three taps beside each other, of which the fourth is idle.
+        prologue, others = block_n * block_k, block_m * block_k * (taps if taps >= 1 else 1)
+    else:
+        prologue = block_m * block_k * rows
+        others = block_n * block_k * taps
+    if "input" in kernel:
+        # widen, subtract, multiply and add twice, round, clear
+        each = (4.0 if paired else 6.0) if half else (2.0 if paired else 4.0)
+        moved = 2 * prologue + others
+    else:
+        # widen, subtract, multiply and add, round with ReLU, clear
+        each = (2.5 if paired else 4.0) if half else (2.5 if paired else 4.0)
+        moved = prologue + others
+    of_16_bytes = 8 if half else 4
+    instructions = prologue * each + (2 * moved + 2 * prologue) / of_16_bytes
+    return instructions / 32 / _PARTS
 
 
 def layer_costs(kernel: str, maps: str, itemsize: int) -> tuple[int, int]:
