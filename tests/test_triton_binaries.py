@@ -7,7 +7,6 @@ A covering part of ``python -m tests.evidence.matrix``, whose table is committed
 from __future__ import annotations
 
 import csv
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ pytest.importorskip("triton")
 from preact import costs
 from preact.triton_kernels.batch_norm_stats import batch_norm_stats
 
-from .evidence import calls, interpreter, launches, matrix
+from .evidence import calls, interpreter, launches, matrix, report
 from .evidence.binaries import ARCHITECTURES, SHARED_LIMIT, assert_widest, compile_launch
 from .evidence.launches import record
 from .evidence.limits import floor, limits
@@ -27,7 +26,7 @@ pytestmark = pytest.mark.skipif(
     interpreter.ACTIVE, reason="TRITON_INTERPRET=1 leaves nothing to compile"
 )
 
-TABLE = Path(__file__).parent.parent / "benchmarks" / "results" / "binaries.csv"
+TABLE = report.TABLE
 STREAMING = list(calls.streaming(calls.SHAPE, torch.float32, True))
 CONVOLUTION = list(calls.convolution(calls.WIDE[0], torch.float32))
 
@@ -100,36 +99,22 @@ def test_the_committed_table_is_whole_and_shows_no_spill() -> None:
             assert row["limit"] == limits(row).by, row
 
 
-def name_of(row: dict[str, str]) -> str:
-    kernel = row["kernel"].removeprefix("batch_norm_relu_conv2d").removeprefix("_backward")
-    return f"sm_{row['arch']} {kernel.removeprefix('_') or 'tap'} {row['maps']} {row['dtype']}"
-
-
-def rows_with_limits() -> list[dict[str, str]]:
-    with TABLE.open(newline="", encoding="utf-8") as stream:
-        rows = [row for row in csv.DictReader(stream) if row["limit"]]
-    assert {int(row["arch"]) for row in rows} == set(ARCHITECTURES)
-    return rows
-
-
 def test_issuing_limits_no_loop_but_these() -> None:
     """What runs where nothing is measured multiplies or waits for memory for as long as it issues,
     but for ``ISSUE_LIMITED``: how many times as long it issues, and at least has to."""
-    found = {}
-    for row in rows_with_limits():
-        of = limits(row)
-        other = max(of.matrix, of.memory)
-        if row["default"] and of.issue > other:
-            found[name_of(row)] = (of.issue / other, floor(row) / other)
+    found = report.issue_limited()
     assert set(found) == set(ISSUE_LIMITED)
     for name, figures in found.items():
         assert figures == pytest.approx(ISSUE_LIMITED[name], abs=0.006), name
 
 
+def test_the_committed_tables_of_limits_are_those_of_the_binaries() -> None:
+    assert (TABLE.parents[1] / "LIMITS.md").read_text() == "\n".join(report.lines()) + "\n"
+
+
 def test_what_the_instructions_need_at_least_is_less_than_they_are() -> None:
-    for row in rows_with_limits():
-        of = limits(row)
-        assert 0 < floor(row) < of.issue, name_of(row)
+    for row in report.rows():
+        assert 0 < floor(row) < limits(row).issue, report.name_of(row)
 
 
 def share_of(row: dict[str, str]) -> int:
@@ -139,7 +124,7 @@ def share_of(row: dict[str, str]) -> int:
 
 def test_the_cost_model_counts_what_the_table_shows() -> None:
     best: dict[tuple[int, bool, int, str], float] = {}
-    for row in rows_with_limits():
+    for row in report.rows():
         if row["dtype"] == "bfloat16" and row["maps"] in ("3x3 64->64", "3x3 64->128"):
             key = (int(row["arch"]), row["kernel"].endswith("_rows"), share_of(row), row["maps"])
             best[key] = max(best.get(key, 0.0), limits(row).share)
@@ -177,7 +162,7 @@ def test_clocks_of_a_matrix_unit(arch, instruction, count, block, clocks) -> Non
 
 
 def test_the_loop_that_stores_a_pending_gradient_counts() -> None:
-    row = next(r for r in rows_with_limits() if r["forming_instructions"])
+    row = next(r for r in report.rows() if r["forming_instructions"])
     without = limits({**row, "forming_instructions": ""})
     assert limits(row).issue > without.issue
 

@@ -338,9 +338,8 @@ def product_configs(
     if capability in WARP_GROUP:
         most = 64 if pending is None else 64 // dtype.itemsize
         return (Config(128, narrow, min(block_k, 32, most), 8, 2, 3, kernel_rows), *each_tap)
-    # Eight would multiply narrow tiles twice, and ptxas spills 8 bytes of 32 columns on sm_80.
-    warps = 4 if narrow <= 32 else 8
-    return (Config(64, narrow, min(block_k, 32), warps, 3, row_taps=3), *each_tap)
+    # Eight warps would multiply a tile of 64 rows twice.
+    return (Config(64, narrow, min(block_k, 32), 4, 3, row_taps=3), *each_tap)
 
 
 def _tensor_memory_configs(

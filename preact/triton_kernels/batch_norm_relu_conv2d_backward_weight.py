@@ -182,7 +182,8 @@ def configs(
         warps = 4 if columns >= 64 and block_m * columns <= result else 8
         return (Config(block_m, columns, block_k, warps, 2, row_taps=3), *each_tap)
     block_k = 16 if dtype == torch.float32 else 32
-    return (Config(min(block_m, 64), narrow, block_k, 8, 2, row_taps=3), *each_tap)
+    # Eight warps would multiply a tile of 64 rows twice.
+    return (Config(min(block_m, 64), narrow, block_k, 4, 2, row_taps=3), *each_tap)
 
 
 def batch_norm_relu_conv2d_backward_weight(

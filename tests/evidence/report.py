@@ -1,0 +1,74 @@
+"""What limits each convolution's main loop, by architecture, from the table of the binaries.
+
+python -m tests.evidence.report > benchmarks/LIMITS.md
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+
+from .binaries import ARCHITECTURES
+from .limits import floor, limits
+
+TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "binaries.csv"
+_HEAD = """# What limits the Triton convolutions
+
+Counted from machine code, nothing measured: `tests/evidence/limits.py` says how, and from which
+documents the rates are. Clocks of a multiprocessor for one step of the main loop of what runs where
+nothing is measured; `issue` in bold where it takes longer than multiplying and than the bytes of
+maps and weights, and `floor` is the least that issuing could take.
+"""
+_COLUMNS = (
+    "| kernel | layer | type | tile, warps | matrix | issue | shared | memory | floor | limit |"
+)
+
+
+def rows() -> list[dict[str, str]]:
+    """Of the table, those of loops that multiply on matrix units."""
+    with TABLE.open(newline="", encoding="utf-8") as stream:
+        return [row for row in csv.DictReader(stream) if row["limit"]]
+
+
+def name_of(row: dict[str, str]) -> str:
+    kernel = row["kernel"].removeprefix("batch_norm_relu_conv2d").removeprefix("_backward")
+    parts = {"": "forward", "_rows": "forward_rows"}
+    return f"sm_{row['arch']} {parts.get(kernel, kernel[1:])} {row['maps']} {row['dtype']}"
+
+
+def issue_limited() -> dict[str, tuple[float, float]]:
+    """What issues longest of what runs unmeasured: how many times as long as it multiplies or waits
+    for memory, and how many times as long at least."""
+    found = {}
+    for row in rows():
+        of = limits(row)
+        other = max(of.matrix, of.memory)
+        if row["default"] and of.issue > other:
+            found[name_of(row)] = (of.issue / other, floor(row) / other)
+    return found
+
+
+def lines() -> Iterator[str]:
+    yield _HEAD.rstrip()
+    for arch in ARCHITECTURES:
+        yield f"\n## sm_{arch}\n"
+        yield _COLUMNS
+        yield "|" + "---|" * (_COLUMNS.count("|") - 1)
+        for row in rows():
+            if int(row["arch"]) != arch or not row["default"]:
+                continue
+            of = limits(row)
+            name = name_of(row).split()[1]
+            issue = f"{of.issue:.0f}"
+            if of.issue > max(of.matrix, of.memory):
+                issue = f"**{issue}**"
+            yield (
+                f"| {name} | {row['maps']} | {row['dtype']} | {row['block']}, {row['warps']} |"
+                f" {of.matrix:.0f} | {issue} | {of.shared:.0f} | {of.memory:.0f} |"
+                f" {floor(row):.0f} | {of.by} |"
+            )
+
+
+if __name__ == "__main__":
+    print("\n".join(lines()))
