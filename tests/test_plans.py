@@ -113,7 +113,7 @@ def test_the_model_weighs_bytes_against_products():
     assert plans._by_model(LARGE)
     wide = LARGE._replace(
         work="backward", input_shape=(64, 512, 28, 28), weight_shape=(512, 512, 3, 3),
-        padding=(1, 1), device_type="cpu", device_index=None,
+        stride=(2, 2), padding=(1, 1), device_type="cpu", device_index=None,
     )  # fmt: skip
     assert trials.capability(wide) == 90
     assert not plans._by_model(wide)
