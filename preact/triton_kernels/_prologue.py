@@ -352,8 +352,8 @@ def _tensor_memory_configs(
     threads = 32 * warps
     block_m = 256 if block_n <= 32 and 256 * block_k <= elements * threads else 128
     block_k = min(block_k, elements * threads // block_m)
-    if block_n > 64 and pending:
-        block_k = min(block_k, 32)  # ptxas spills 40 bytes of twice that
+    if block_n > 64 and pending is not None:
+        block_k = min(block_k, 32)  # ptxas spills 32 bytes of twice that, or 40
     each_tap = (
         Config(block_m, block_n, block_k, warps, 3),
         Config(64, block_n, block_k, 8, 3),

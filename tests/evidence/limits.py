@@ -109,7 +109,7 @@ def floor(row: Mapping[str, object]) -> float:
         moved = 2 * prologue + others
     else:
         # widen, subtract, multiply and add, round with ReLU, clear
-        each = (2.5 if paired else 4.0) if half else (2.5 if paired else 4.0)
+        each = 2.5 if paired else 4.0
         moved = prologue + others
     of_16_bytes = 8 if half else 4
     instructions = prologue * each + (2 * moved + 2 * prologue) / of_16_bytes
@@ -152,7 +152,7 @@ def limits(row: Mapping[str, object]) -> Limits:
     )
     tf32 = dtype == "float32"
     itemsize = 4 if tf32 else 2
-    block_m, block_n, block_k = map(int, str(row["block"]).split("x"))
+    block_m, block_n, _ = map(int, str(row["block"]).split("x"))
     rate = PRODUCTS[arch] // (2 if tf32 else 1)
     products, matrix_instructions = (
         int(str(row[name])) for name in ("loop_products", "loop_tensor_core")

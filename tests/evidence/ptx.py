@@ -146,7 +146,7 @@ def _inline_asm(
     shape = np.shape(values[0].data)
     inputs = [r for v in values for r in _registers(v.data, v.dtype.scalar, pack)]
     results = [c for c in constraints.split(",") if c.startswith("=")]
-    assert results == ["=r"] and pack == 2, "a word of two halves is all that the kernels return"
+    assert (results, pack) == (["=r"], 2), "a word of two halves is all that the kernels return"
     assert constraints.count(",") == len(inputs), "an operand of another size"
     registers = Registers({f"${i + 1}": bits for i, bits in enumerate(inputs)})
     with np.errstate(all="ignore"):
