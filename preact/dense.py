@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, functional, identity_units, plans, remembered
+from . import checks, identity_units, plans, remembered, serving
 from .arguments import Conv, Norm
 from .prefix import Affine, differentiable_backward, eager_prefix
 from .reference_units import NUMBERS, TENSORS, geometry_of
@@ -135,7 +135,7 @@ def is_fusible(input: Tensor, layers: Sequence[DenseLayer]) -> bool:
 def _decide(input: Tensor, layers: Sequence[DenseLayer]) -> bool:
     norms = [norm for first, _, second, _ in layers for norm in (first, second)]
     convs = [conv for _, first, _, second in layers for conv in (first, second)]
-    if input.dim() != 4 or functional.backend_for(input, norms) != "cpp":
+    if input.dim() != 4 or serving.backend_for(input, norms) != "cpp":
         return False
     parameters = [t for norm in norms for t in (norm.weight, norm.bias) if t is not None]
     parameters += [conv.weight for conv in convs]
@@ -144,13 +144,13 @@ def _decide(input: Tensor, layers: Sequence[DenseLayer]) -> bool:
         return False  # every gradient is computed here, also one that nobody asked for
     channels, work = input.size(1), "dense block"
     for conv in convs:
-        geometry, weight, dtype = functional.geometry_of(conv), conv.weight, input.dtype
+        geometry, weight, dtype = checks.geometry_of(conv), conv.weight, input.dtype
         shape = (input.size(0), weight.size(1), *input.shape[2:])
         if (
             conv.bias is not None
             or geometry is None
             or checks.compute_type(weight) != dtype
-            or functional.output_shape(shape, conv, geometry)[2:] != tuple(input.shape[2:])
+            or checks.output_shape(shape, conv, geometry)[2:] != tuple(input.shape[2:])
             or not plans.fuses_convolution("cpp", input, weight, geometry, work, dtype)
         ):
             return False
@@ -182,7 +182,7 @@ def dense_block(input: Tensor, layers: Sequence[DenseLayer]) -> Tensor:
         known = (None, None) if norm.training else (norm.running_mean, norm.running_var)
         parameters += (*known, norm.weight, norm.bias, conv.weight)
         eps.append(norm.eps)
-        geometry = functional.geometry_of(conv)
+        geometry = checks.geometry_of(conv)
         assert geometry is not None
         geometries.append(geometry)
     numbers = identity_units.flattened(geometries)
@@ -199,5 +199,5 @@ def dense_block(input: Tensor, layers: Sequence[DenseLayer]) -> Tensor:
         if second.training:
             trained.append(second)
             statistics.append(inner[2 * index : 2 * index + 2])
-    update_running_stats(trained, statistics, functional.values_per_channel(input))
+    update_running_stats(trained, statistics, serving.values_per_channel(input))
     return output

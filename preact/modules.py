@@ -44,6 +44,14 @@ def _conv_of(conv: nn.Conv2d) -> Conv:
     )  # fmt: skip
 
 
+def _described(layers: Sequence[Layer], input: Tensor | None) -> list[tuple[Norm, Conv]]:
+    """What the functions take of a unit's layers; ``input`` is that of the first."""
+    return [
+        (_norm_of(bn, input if i == 0 else None), _conv_of(conv))
+        for i, (bn, conv) in enumerate(layers)
+    ]
+
+
 def _count_batch(*norms: BatchNorm) -> None:
     """In place, as CUDA graphs need; after the forward, so that one that raises counts nothing."""
     for bn in norms:
@@ -134,17 +142,11 @@ def fused_unit(
             x, *projected = fused_prefix(x, bn, convs, None, save_activation)
             shortcut = projected[0] if projected else shortcut
         return x + shortcut, None
+    conv_of_shortcut = None if projection is None else _conv_of(projection)
     output, handed_on = functional.residual_unit(
-        input,
-        [
-            (_norm_of(bn, input if i == 0 else None), _conv_of(conv))
-            for i, (bn, conv) in enumerate(layers)
-        ],
-        None if projection is None else _conv_of(projection),
-        statistics=statistics,
-        return_statistics=return_statistics,
-        save_activation=save_activation,
-    )
+        input, _described(layers, input), conv_of_shortcut, statistics=statistics,
+        return_statistics=return_statistics, save_activation=save_activation,
+    )  # fmt: skip
     _count_batch(*(bn for bn, _ in layers))
     return output, handed_on
 
@@ -161,17 +163,9 @@ def fused_units(
         for layers in units:
             input, statistics = fused_unit(input, layers, None, False, statistics)
         return input, statistics
+    described = [_described(layers, None if i else input) for i, layers in enumerate(units)]
     found = functional.residual_units(
-        input,
-        [
-            [
-                (_norm_of(bn, input if bn is norms[0] else None), _conv_of(conv))
-                for bn, conv in layers
-            ]
-            for layers in units
-        ],
-        statistics=statistics,
-        return_statistics=return_statistics,
+        input, described, statistics=statistics, return_statistics=return_statistics
     )
     _count_batch(*norms)
     return found

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks, functional
+from . import checks, functional, serving
 from .arguments import Conv, Norm, Pool
 from .prefix import Affine, cast_like, differentiable_backward, eager_prefix
 from .reference import memory_format_of
@@ -83,7 +83,7 @@ def _is_fusible(input: Tensor, norm: Norm, pool: Pool) -> bool:
         and memory_format_of(input) == torch.channels_last
         and kernel[0] * kernel[1] < NOWHERE
         and all(input.size(2 + i) + 2 * padding[i] >= kernel[i] for i in range(2))
-        and functional.backend_for(input, [norm]) == "cpp"
+        and serving.backend_for(input, [norm]) == "cpp"
     )
 
 
@@ -102,10 +102,10 @@ def batch_norm_relu_pool2d(
         if conv is None:
             return pooled(functional.batch_norm_relu(input, *norm), pool)
         return pooled(functional.batch_norm_relu_convs2d(input, norm, [conv])[0][0], pool)
-    mean, var = functional.statistics_of("cpp", input, norm, None)
+    mean, var = serving.statistics_of("cpp", input, norm, None)
     output: Tensor = BatchNormReLUPool2d.apply(
         input, mean, var, norm.weight, norm.bias, norm.eps, norm.training, pool
     )
     if norm.training:
-        update_running_stats([norm], [(mean, var)], functional.values_per_channel(input))
-    return output if conv is None else functional.eager_conv(output, conv)
+        update_running_stats([norm], [(mean, var)], serving.values_per_channel(input))
+    return output if conv is None else serving.eager_conv(output, conv)

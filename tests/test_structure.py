@@ -38,6 +38,7 @@ LAYERS = [
     {"autograd"},
     {"identity_units"},
     {"choice"},
+    {"serving"},
     {"functional"},
     {"synchronised", "dense", "pooled"},
     {"modules"},
