@@ -21,7 +21,7 @@ from .autograd import eager_unit
 from .plans import Geometry
 from .prefix import differentiable_backward
 from .reference import memory_format_of
-from .reference_units import TENSORS
+from .reference_units import NUMBERS, TENSORS
 from .running_stats import update_running_stats
 
 Layers = Sequence[tuple[Norm, Conv]]
@@ -107,10 +107,7 @@ def run(
     if settings.differentiable:
         output, *found = IdentityUnits.apply(input, settings, *parameters)
     else:
-        whole = torch.ops.preact.residual_units(
-            input, parameters, settings.eps, settings.numbers, settings.depth
-        )
-        output, *found = vectors_of(whole)
+        output, found = _run_unit_by_unit(input, parameters, settings)
     statistics = [*first, *found[2:]]
     trained = [index for index, (norm, _) in enumerate(layers) if norm.training]
     if trained:
@@ -121,6 +118,29 @@ def run(
             input.numel() // input.size(1),
         )
     return output, (found[0], found[1]) if return_statistics else None
+
+
+def _run_unit_by_unit(
+    input: Tensor, parameters: Sequence[Tensor | None], settings: Settings
+) -> tuple[Tensor, list[Tensor]]:
+    """What ``IdentityUnits`` returns, where no backward follows: one op for all would hold every
+    layer's input until the last."""
+    eps, _, _, numbers, _, depth = settings
+    handed_on = list(parameters[:2])
+    vectors: list[Tensor] = []
+    for start in range(0, len(eps), depth):
+        end = start + depth
+        own = list(parameters[TENSORS * start : TENSORS * end])
+        if own[0] is None:
+            own[:2] = handed_on
+        input, *found = vectors_of(
+            torch.ops.preact.residual_units(
+                input, own, eps[start:end], numbers[NUMBERS * start : NUMBERS * end], depth
+            )
+        )
+        handed_on, inner = list(found[:2]), found[2:]
+        vectors += [*inner, *found[:2]]
+    return input, [*vectors[-2:], *vectors[:-2]]
 
 
 def vectors_of(whole: Sequence[Tensor]) -> list[Tensor]:

@@ -256,6 +256,26 @@ class TestStage:
                 assert torch.equal(value, steps[0][name]), name
         assert ("mean" in steps[0]) == training
 
+    @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+    def test_without_gradients_nothing_is_held_between_units(self, training):
+        stage, x = stage_and_input()
+        stage.train(training)
+        state = {name: value.clone() for name, value in stage.state_dict().items()}
+        for _ in range(2):  # so that the whole stage is remembered, with gradients
+            stage.load_state_dict(state)
+            output, statistics = stage(x)
+        expected = {name: buffer.clone() for name, buffer in stage.named_buffers()}
+        for _ in range(3):
+            stage.load_state_dict(state)
+            with torch.no_grad(), Calls() as calls:
+                found, own = stage(x.detach())
+            assert calls.names.count("residual_units") == 3
+            assert torch.equal(found, output)
+            for name, buffer in stage.named_buffers():
+                assert torch.equal(buffer, expected[name]), name
+            for ours, theirs in zip(own or (), statistics or (), strict=True):
+                assert torch.equal(ours, theirs)
+
     def test_double_backward(self):
         stage, x = stage_and_input()
         x = x.detach()[:2, :, :4, :4].contiguous(memory_format=torch.channels_last)
