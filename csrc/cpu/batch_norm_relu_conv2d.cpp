@@ -41,18 +41,19 @@ std::tuple<Tensor, Tensor> direct(const Tensor& input, const Affine<float>& affi
   task.output_stride = pixel_stride(output);
 
   const BlockChunks chunks(blocks, kMostChunks);
-  const FeatureMap map{shape.batch, shape.out_channels, shape.out_h * shape.out_w, true};
-  const Chunks rows{chunks.count, chunks.size * blocks.out_h * blocks.out_w};
-  Partials partials(map, rows);
+  Partials partials(chunks.count, shape.out_channels);
   const auto part = PREACT_SELECT(batch_norm_relu_conv2d_part, float);
   torch::stable::parallel_for(0, chunks.count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      part(task, chunks.begin(chunk), chunks.end(blocks, chunk),
-           partials.first.data() + chunk * map.channels,
-           partials.second.data() + chunk * map.channels);
+      part(task, chunks.begin(chunk), chunks.end(chunk),
+           partials.first.data() + chunk * shape.out_channels,
+           partials.second.data() + chunk * shape.out_channels);
     }
   });
-  write_statistics<float>(partials, map, rows, mean, var);
+  const auto count_of = [&](int64_t chunk) {
+    return task.blocks.pixels(chunks.begin(chunk), chunks.end(chunk));
+  };
+  write_statistics<float>(partials, chunks.count, count_of, mean, var);
   return {mean, var};
 }
 

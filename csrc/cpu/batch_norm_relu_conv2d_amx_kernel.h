@@ -185,7 +185,7 @@ inline void batch_norm_relu_conv2d_tiles(const cpu::TileForward& task,
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     const int64_t first = chunk * s.out_channels;
     TileMoments moments(s.out_channels, mean + first, m2 + first);
-    run(task, staged, chunks.begin(chunk), chunks.end(s, chunk), moments);
+    run(task, staged, chunks.begin(chunk), chunks.end(chunk), moments);
   }
   tile_release();
 }

@@ -51,7 +51,7 @@ void direct(DirectBackward task, const Tensor& grad_output, const Tensor& input,
   const auto part = PREACT_SELECT(batch_norm_relu_conv2d_backward_part, float);
   torch::stable::parallel_for(0, chunks.count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      part(task, chunks.begin(chunk), chunks.end(blocks, chunk), sum_dz.data() + chunk * channels,
+      part(task, chunks.begin(chunk), chunks.end(chunk), sum_dz.data() + chunk * channels,
            sum_dz_x.data() + chunk * channels, sums + chunk * size);
     }
   });

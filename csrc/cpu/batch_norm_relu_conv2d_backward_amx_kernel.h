@@ -254,7 +254,7 @@ inline void batch_norm_relu_conv2d_backward_tiles(const cpu::TileBackward& task,
                        : (narrow ? &backward_blocks<true, false> : &backward_blocks<false, false>);
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     TileSums sums(s.in_channels, sum_dz + chunk * s.in_channels, sum_dz_x + chunk * s.in_channels);
-    run(task, buffers, chunks.begin(chunk), chunks.end(s, chunk), sums,
+    run(task, buffers, chunks.begin(chunk), chunks.end(chunk), sums,
         grad_weight + chunk * cpu::weight_sums(s));
   }
   tile_release();

@@ -35,14 +35,15 @@ std::tuple<Tensor, Tensor> tiled_forward(const Tensor& input, const Affine<float
   task.weights = weights;
 
   const BlockChunks chunks(blocks, kMostChunks);
-  const FeatureMap map{shape.batch, shape.out_channels, shape.out_h * shape.out_w, true};
-  const Chunks rows{chunks.count, chunks.size * blocks.out_h * blocks.out_w};
-  Partials partials(map, rows);
+  Partials partials(chunks.count, shape.out_channels);
   torch::stable::parallel_for(0, chunks.count, 1, [&](int64_t begin, int64_t end) {
     amx::batch_norm_relu_conv2d_tiles(task, chunks, begin, end, partials.first.data(),
                                       partials.second.data());
   });
-  write_statistics<float>(partials, map, rows, mean, var);
+  const auto count_of = [&](int64_t chunk) {
+    return direct.pixels(chunks.begin(chunk), chunks.end(chunk));
+  };
+  write_statistics<float>(partials, chunks.count, count_of, mean, var);
   return {mean, var};
 #else
   STD_TORCH_CHECK(false, "built without tile registers");

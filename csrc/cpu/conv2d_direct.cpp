@@ -89,7 +89,7 @@ std::vector<Gather> backward_gathers(const Conv2dShape& s, const Staged& grad_ou
 DirectBlocks DirectBlocks::of(const Conv2dShape& shape) {
   // A block of a pointwise convolution: its pixels of one group of channels fit the first-level
   // cache, and are a multiple of every tile's width where there are many.
-  constexpr int64_t kPixels = 224, kFew = 16;
+  constexpr int64_t kPixels = 256, kFew = 16;
   const bool pointwise = shape.taps() == 1 && shape.stride_h == 1 && shape.stride_w == 1 &&
                          shape.padding_h == 0 && shape.padding_w == 0;
   if (!pointwise) return {shape, 0};

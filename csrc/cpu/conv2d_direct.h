@@ -59,21 +59,22 @@ struct DirectBlocks {
   int64_t columns(int64_t block, int64_t width) const {
     return width - (block + 1 == shape.batch ? missing : 0);
   }
+  // Pixels of the convolution's result in blocks [begin, end).
+  int64_t pixels(int64_t begin, int64_t end) const {
+    return (end - begin) * shape.out_h * shape.out_w - (end == shape.batch ? missing : 0);
+  }
 };
 
 // Blocks are grouped into chunks by shape alone, never by thread count, and each chunk has sums of
-// its own, so that a result is the same on any number of threads.
+// its own, so that a result is the same on any number of threads. Chunks differ by one block at
+// most, lest a thread waits for another.
 struct BlockChunks {
-  int64_t count, size;
+  int64_t count, blocks;
 
   BlockChunks(const Conv2dShape& shape, int64_t most)
-      : count(shape.batch < most ? shape.batch : most), size((shape.batch + count - 1) / count) {
-    count = (shape.batch + size - 1) / size;
-  }
-  int64_t begin(int64_t chunk) const { return chunk * size; }
-  int64_t end(const Conv2dShape& shape, int64_t chunk) const {
-    return (chunk + 1) * size < shape.batch ? (chunk + 1) * size : shape.batch;
-  }
+      : count(shape.batch < most ? shape.batch : most), blocks(shape.batch) {}
+  int64_t begin(int64_t chunk) const { return chunk * blocks / count; }
+  int64_t end(int64_t chunk) const { return begin(chunk + 1); }
 };
 
 // A buffer of this thread's own, aligned to cache lines and kept from call to call. What it holds

@@ -90,8 +90,9 @@ struct BackwardSums {
 struct Partials {
   std::vector<double> first, second;
 
-  Partials(const FeatureMap& map, const Chunks& chunks)
-      : first(chunks.count * map.channels), second(chunks.count * map.channels) {}
+  Partials(int64_t chunks, int64_t channels)
+      : first(chunks * channels), second(chunks * channels) {}
+  Partials(const FeatureMap& map, const Chunks& chunks) : Partials(chunks.count, map.channels) {}
 };
 
 // Adds up the chunks' sums [chunks][C] of dz and dz * (x - mean), in order, into the batch norm's
@@ -112,17 +113,15 @@ void write_norm_gradients(const std::vector<double>& sum_dz, const std::vector<d
   }
 }
 
-// Joins the chunks' moments, in chunk order, into mean and biased variance vectors.
-template <typename A>
-void write_statistics(Partials& partials, const FeatureMap& map, const Chunks& chunks,
-                      const Tensor& mean, const Tensor& var) {
-  const int64_t per_item = map.channels_last ? 1 : map.spatial;
-  const int64_t channels = map.channels;
+// Joins the moments of `chunks` chunks, in order, into mean and biased variance vectors; count_of
+// says how many values a channel has in a chunk.
+template <typename A, typename Count>
+void write_statistics(Partials& partials, int64_t chunks, const Count& count_of, const Tensor& mean,
+                      const Tensor& var) {
+  const int64_t channels = mean.size(0);
   double count = 0;
-  for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
-    const int64_t task = map.channels_last ? chunk : chunk * channels;
-    const auto added =
-        static_cast<double>((chunks.end(map, task) - chunks.begin(map, task)) * per_item);
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const auto added = static_cast<double>(count_of(chunk));
     if (chunk > 0) {
       const MomentsMerge join(count, added);
       for (int64_t c = 0; c < channels; ++c) {
@@ -136,6 +135,17 @@ void write_statistics(Partials& partials, const FeatureMap& map, const Chunks& c
     mutable_data<A>(mean)[c] = static_cast<A>(partials.first[c]);
     mutable_data<A>(var)[c] = static_cast<A>(partials.second[c] / count);
   }
+}
+
+template <typename A>
+void write_statistics(Partials& partials, const FeatureMap& map, const Chunks& chunks,
+                      const Tensor& mean, const Tensor& var) {
+  const auto count_of = [&](int64_t chunk) {
+    const int64_t task = map.channels_last ? chunk : chunk * map.channels;
+    return (chunks.end(map, task) - chunks.begin(map, task)) *
+           (map.channels_last ? 1 : map.spatial);
+  };
+  write_statistics<A>(partials, chunks.count, count_of, mean, var);
 }
 
 }  // namespace preact::cpu
