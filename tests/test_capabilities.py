@@ -12,7 +12,13 @@ import pytest
 from preact.backends import available, cpu_capability
 
 SETS = ["baseline", "AVX2", "AVX512", "AMX"]
-FILES = ["test_ops.py", "test_conv_ops.py", "test_direct_convolution.py", "test_pooled.py"]
+FILES = [
+    "test_ops.py",
+    "test_bfloat16_rounding.py",
+    "test_conv_ops.py",
+    "test_direct_convolution.py",
+    "test_pooled.py",
+]
 
 
 @pytest.mark.skipif(available()["cpp"] != "", reason=f"no native kernels: {available()['cpp']}")

@@ -45,8 +45,7 @@ inline Conv2dShape conv2d_shape(const Tensor& input, const Tensor& weight,
 // A result of `sizes` in the type and on the device of `like`, in a given layout.
 inline Tensor empty_map(const std::array<int64_t, 4>& sizes, const Tensor& like,
                         MemoryFormat format) {
-  return torch::stable::empty({sizes.data(), sizes.size()}, like.scalar_type(), std::nullopt,
-                              like.device(), std::nullopt, format);
+  return empty({sizes.data(), sizes.size()}, type_number(like), like, format);
 }
 
 inline void check_result_like(const Tensor& tensor, const Conv2dShape& shape, const Tensor& input,

@@ -5,7 +5,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
+#include <vector>
 
 #include "common/feature_map.h"
 
@@ -19,10 +21,11 @@ using OptionalTensor = std::optional<Tensor>;
 // Whether a 4-d tensor is dense in NHWC order; strides of dimensions of one element do not count.
 inline bool is_channels_last(const Tensor& tensor) {
   if (tensor.dim() != 4) return false;
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
   int64_t expected = 1;
   for (const int dim : {1, 3, 2, 0}) {
-    if (tensor.size(dim) != 1 && tensor.stride(dim) != expected) return false;
-    expected *= tensor.size(dim);
+    if (sizes[dim] != 1 && strides[dim] != expected) return false;
+    expected *= sizes[dim];
   }
   return true;
 }
@@ -60,8 +63,9 @@ inline FeatureMap feature_map(const Tensor& input, MemoryFormat format) {
 inline void check_like(const Tensor& tensor, const Tensor& input, const char* name) {
   bool same = tensor.dim() == input.dim() && tensor.scalar_type() == input.scalar_type() &&
               tensor.device() == input.device();
-  for (int64_t dim = 0; same && dim < input.dim(); ++dim) {
-    same = tensor.size(dim) == input.size(dim);
+  if (same) {
+    const auto own = tensor.sizes(), expected = input.sizes();
+    same = std::equal(own.begin(), own.end(), expected.begin());
   }
   STD_TORCH_CHECK(same, name, " must have the shape, dtype and device of input");
 }
@@ -70,15 +74,45 @@ inline ScalarType accumulate_type(ScalarType type) {
   return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// Straight from the allocator: an op called by its name is looked up each time, which for the
+// vectors of a small map takes longer than the kernel does.
+inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, int32_t type,
+                    const Tensor& device_of, MemoryFormat format = MemoryFormat::Contiguous) {
+  const auto dims = static_cast<int64_t>(sizes.size());
+  std::vector<int64_t> strides(dims);
+  int64_t next = 1;
+  const auto place = [&](int64_t dim) {
+    strides[dim] = next;
+    next *= std::max<int64_t>(sizes[dim], 1);
+  };
+  if (format == MemoryFormat::ChannelsLast) {
+    for (const int dim : {1, 3, 2, 0}) place(dim);
+  } else {
+    for (int64_t dim = dims - 1; dim >= 0; --dim) place(dim);
+  }
+  int32_t device_type = 0, device_index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(device_of.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(device_of.get(), &device_index));
+  AtenTensorHandle created = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.data(), strides.data(), type,
+                                                         device_type, device_index, &created));
+  return Tensor(created);
+}
+
+inline int32_t type_number(const Tensor& tensor) {
+  int32_t type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &type));
+  return type;
+}
+
 inline Tensor empty_like(const Tensor& input, MemoryFormat format) {
-  return torch::stable::empty(input.sizes(), input.scalar_type(), std::nullopt, input.device(),
-                              std::nullopt, format);
+  return empty(input.sizes(), type_number(input), input, format);
 }
 
 inline Tensor empty_vector(const Tensor& input) {
   const int64_t size = input.size(1);
-  return torch::stable::empty({&size, 1}, accumulate_type(input.scalar_type()), std::nullopt,
-                              input.device());
+  const bool wide = input.scalar_type() == ScalarType::Double;
+  return empty({&size, 1}, wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(), input);
 }
 
 // A per-channel vector [C], dense and in the accumulation type.

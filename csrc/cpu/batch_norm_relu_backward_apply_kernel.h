@@ -4,7 +4,7 @@
 template <typename T, bool Sums, bool Skip>
 struct BackwardApplyPass {
   using A = accumulate_t<T>;
-  static constexpr int kMaps = Skip ? 4 : 3;
+  static constexpr int kRows = 4;
   ChannelAffine<A> affine;
   const A* slope;
   const A* offset;
@@ -27,15 +27,17 @@ struct BackwardApplyPass {
     }
     return regs;
   }
-  template <typename P>
-  PREACT_INLINE void element(const Regs<P>& regs, int64_t i) const {
-    const auto centred = P::load(input + i) - regs.affine.mean;
-    const auto dz = where_active(regs.affine.z(centred), P::load(grad_output + i));
+  template <typename P, typename At>
+  PREACT_INLINE void element(const Regs<P>& regs, At at) const {
+    const auto centred = load_at<P>(input, at) - regs.affine.mean;
+    const auto dz = where_active(regs.affine.z(centred), load_at<P>(grad_output, at));
     auto grad = regs.affine.scale * dz;
     if constexpr (Sums) grad = madd(regs.affine.scale, dz, madd(centred, regs.slope, regs.offset));
-    if constexpr (Skip) grad += P::load(grad_skip + i);
-    P::store(grad_input + i, grad);
+    if constexpr (Skip) grad += load_at<P>(grad_skip, at);
+    store_at<P>(grad_input, at, grad);
   }
+  template <typename Regs>
+  PREACT_INLINE void join(Regs&, const Regs&) const {}
   template <typename P, typename Get>
   PREACT_INLINE void end(const Regs<P>&, int64_t) const {}
 };
@@ -46,10 +48,10 @@ void backward_apply_part(const T* grad_output, const T* input, const T* grad_ski
                          const accumulate_t<T>* scale, const accumulate_t<T>* bias,
                          const accumulate_t<T>* slope, const accumulate_t<T>* offset, int64_t begin,
                          int64_t end) {
-  using A = accumulate_t<T>;
+  const ChannelArrays<T, 5> of(map, {mean, scale, bias, slope, offset});
   const BackwardApplyPass<T, Sums, Skip> pass{
-      {mean, scale, bias}, slope, offset, grad_output, input, grad_skip, grad_input};
-  sweep_map<A>(pass, map, begin, end);
+      {of[0], of[1], of[2]}, of[3], of[4], grad_output, input, grad_skip, grad_input};
+  sweep_map<T>(pass, map, begin, end);
 }
 
 // slope null: the statistics are constants. grad_skip null: nothing to add.

@@ -21,21 +21,13 @@ std::tuple<Tensor, Tensor> batch_norm_relu_backward_reduce(const Tensor& grad_ou
   dispatch(input.scalar_type(), [&]<typename T>() {
     using A = accumulate_t<T>;
     const Affine<A> affine(input, mean, var, weight, bias, eps);
-    const auto task = PREACT_SELECT(batch_norm_relu_backward_reduce_task, T);
+    const auto tasks = PREACT_SELECT(batch_norm_relu_backward_reduce_tasks, T);
     torch::stable::parallel_for(0, chunks.tasks(map), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        task(data<T>(grad_output), data<T>(input), map, chunks, affine.mean.data(),
-             affine.scale.data(), affine.bias.data(), i, sums.first.data(), sums.second.data());
-      }
+      tasks(data<T>(grad_output), data<T>(input), map, chunks, affine.mean.data(),
+            affine.scale.data(), affine.bias.data(), begin, end, sums.first.data(),
+            sums.second.data());
     });
-    for (int64_t c = 0; c < map.channels; ++c) {
-      for (int64_t chunk = 1; chunk < chunks.count; ++chunk) {
-        sums.first[c] += sums.first[chunk * map.channels + c];
-        sums.second[c] += sums.second[chunk * map.channels + c];
-      }
-      mutable_data<A>(grad_bias)[c] = static_cast<A>(sums.first[c]);
-      mutable_data<A>(grad_weight)[c] = static_cast<A>(sums.second[c] * affine.invstd[c]);
-    }
+    write_norm_gradients(sums.first, sums.second, chunks.count, affine, grad_weight, grad_bias);
   });
   return {grad_weight, grad_bias};
 }

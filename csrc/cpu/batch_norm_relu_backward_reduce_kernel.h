@@ -2,12 +2,13 @@
 
 // Values per channel summed in the element's own accumulation type before they join the double sum.
 constexpr int64_t kSumRows = 512;
+constexpr int64_t kSumElements = 8192;  // the same within one channel's planes
 
 // Sums of dz and dz * (x - mean).
 template <typename T>
 struct ReducePass {
   using A = accumulate_t<T>;
-  static constexpr int kMaps = 2;
+  static constexpr int kRows = 8;
   ChannelAffine<A> affine;
   const T* grad_output;
   const T* input;
@@ -23,13 +24,18 @@ struct ReducePass {
   PREACT_INLINE Regs<P> begin(int64_t c) const {
     return {affine.template get<P, Get>(c), P::broadcast(0), P::broadcast(0)};
   }
-  template <typename P>
-  PREACT_INLINE void element(Regs<P>& regs, int64_t i) const {
-    const auto centred = P::load(input + i) - regs.affine.mean;
+  template <typename P, typename At>
+  PREACT_INLINE void element(Regs<P>& regs, At at) const {
+    const auto centred = load_at<P>(input, at) - regs.affine.mean;
     const auto z = regs.affine.z(centred);
-    const auto dz = where_active(z, P::load(grad_output + i));
+    const auto dz = where_active(z, load_at<P>(grad_output, at));
     regs.dz += dz;
     regs.dz_x = madd(dz, centred, regs.dz_x);
+  }
+  template <typename Regs>
+  PREACT_INLINE void join(Regs& regs, const Regs& other) const {
+    regs.dz += other.dz;
+    regs.dz_x += other.dz_x;
   }
   template <typename P, typename Get>
   PREACT_INLINE void end(const Regs<P>& regs, int64_t c) const {
@@ -38,42 +44,85 @@ struct ReducePass {
   }
 };
 
-// Tasks as in statistics_task; results at sum_dz[task * width] and sum_dz_x[task * width].
+// Chunks' rows, sums by tiles of kSumRows.
 template <typename T>
-void batch_norm_relu_backward_reduce_task(const T* grad_output, const T* input,
-                                          const FeatureMap& map, const Chunks& chunks,
-                                          const accumulate_t<T>* mean, const accumulate_t<T>* scale,
-                                          const accumulate_t<T>* bias, int64_t task, double* sum_dz,
-                                          double* sum_dz_x) {
-  using A = accumulate_t<T>;
-  const int64_t width = map.channels_last ? map.channels : 1;
-  const int64_t channel = map.channels_last ? 0 : task % map.channels;
-  std::vector<A> sums(2 * width);
-  sum_dz += task * width;
-  sum_dz_x += task * width;
-  std::fill(sum_dz, sum_dz + width, 0.0);
-  std::fill(sum_dz_x, sum_dz_x + width, 0.0);
-  // A plane's pass addresses its one channel as channel 0.
-  const ReducePass<T> pass{{mean + channel, scale + channel, bias + channel},
-                           grad_output,
-                           input,
-                           sums.data(),
-                           sums.data() + width};
-  const int64_t stop = chunks.end(map, task);
-  for (int64_t row = chunks.begin(map, task); row < stop;) {
-    if (map.channels_last) {
-      const int64_t next = std::min(row + kSumRows, stop);
-      sweep_rows<A>(pass, row, next, width);
-      row = next;
-    } else {
-      const int64_t plane = (row * map.channels + channel) * map.spatial;
-      sweep_channel<A>(pass, plane, plane + map.spatial, 0);
-      ++row;
+void reduce_rows(ReducePass<T> pass, int64_t begin, int64_t end, int64_t channels, double* sum_dz,
+                 double* sum_dz_x) {
+  using P = VectorsOf<T>;
+  const int64_t lanes = lanes_for<P>(channels);
+  std::vector<accumulate_t<T>> sums(2 * lanes);
+  std::vector<double> totals(2 * lanes);
+  pass.sum_dz = sums.data();
+  pass.sum_dz_x = sums.data() + lanes;
+  for (int64_t row = begin; row < end; row += kSumRows) {
+    sweep_rows<T>(pass, row, std::min(row + kSumRows, end), channels, channels);
+    for (int64_t i = 0; i < 2 * lanes; ++i) {
+      totals[i] += sums[i];
+      sums[i] = 0;
     }
-    for (int64_t c = 0; c < width; ++c) {
-      sum_dz[c] += sums[c];
-      sum_dz_x[c] += sums[width + c];
-      sums[c] = sums[width + c] = 0;
+  }
+  from_lanes<P>(totals.data(), channels, sum_dz);
+  from_lanes<P>(totals.data() + lanes, channels, sum_dz_x);
+}
+
+// Of `images` images, `channels` planes each, from offset `first` on; planes follow each other as
+// in plane_statistics.
+template <typename T>
+void reduce_planes(ReducePass<T> pass, int64_t first, int64_t images, int64_t stride,
+                   int64_t channels, int64_t length, double* sum_dz, double* sum_dz_x) {
+  using A = accumulate_t<T>;
+  using V = Pack<A>;
+  std::vector<A> sums(2 * channels * V::lanes);
+  pass.sum_dz = sums.data();
+  pass.sum_dz_x = sums.data() + channels * V::lanes;
+  std::fill_n(sum_dz, channels, 0.0);
+  std::fill_n(sum_dz_x, channels, 0.0);
+  const int64_t group = std::max<int64_t>(kSumElements / length, 1);  // images of a tile
+  for (int64_t image = 0, stop; image < images; image = stop) {
+    stop = std::min(image + group, images);
+    for (int64_t from = 0, part; from < length; from += part) {
+      part = std::min(length - from, kSumElements);
+      for (int64_t i = image; i < stop; ++i) {
+        for (int64_t c = 0; c < channels; ++c) {
+          sweep_plane<T>(pass, first + i * stride + c * length + from, part, c);
+        }
+      }
+      for (int64_t c = 0; c < channels; ++c) {
+        sum_dz[c] += V::sum(V::load(pass.sum_dz + c * V::lanes));
+        sum_dz_x[c] += V::sum(V::load(pass.sum_dz_x + c * V::lanes));
+      }
+      std::fill(sums.begin(), sums.end(), A(0));
+    }
+  }
+}
+
+// Tasks as in statistics_tasks; results at sum_dz[task * width] and sum_dz_x[task * width].
+template <typename T>
+void batch_norm_relu_backward_reduce_tasks(const T* grad_output, const T* input,
+                                           const FeatureMap& map, const Chunks& chunks,
+                                           const accumulate_t<T>* mean,
+                                           const accumulate_t<T>* scale,
+                                           const accumulate_t<T>* bias, int64_t begin, int64_t end,
+                                           double* sum_dz, double* sum_dz_x) {
+  const ChannelArrays<T, 3> of(map, {mean, scale, bias});
+  for (int64_t task = begin, next; task < end; task = next) {
+    const int64_t from = chunks.begin(map, task), to = chunks.end(map, task);
+    if (map.channels_last) {
+      next = task + 1;
+      const ReducePass<T> pass{{of[0], of[1], of[2]}, grad_output, input, nullptr, nullptr};
+      reduce_rows(pass, from, to, map.channels, sum_dz + task * map.channels,
+                  sum_dz_x + task * map.channels);
+    } else {
+      const int64_t channel = task % map.channels;
+      next = std::min(task - channel + map.channels, end);
+      const ReducePass<T> pass{{of[0] + channel, of[1] + channel, of[2] + channel},
+                               grad_output,
+                               input,
+                               nullptr,
+                               nullptr};
+      reduce_planes(pass, (from * map.channels + channel) * map.spatial, to - from,
+                    map.channels * map.spatial, next - task, map.spatial, sum_dz + task,
+                    sum_dz_x + task);
     }
   }
 }

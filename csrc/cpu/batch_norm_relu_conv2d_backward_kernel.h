@@ -31,7 +31,7 @@ struct PendingGradSource {
 // ReLU's mask and writes dz in place.
 template <bool Add>
 struct MaskPass : ReducePass<float> {
-  static constexpr int kMaps = Add ? 4 : 3;
+  static constexpr int kRows = 4;
   const float* grad_activation;
   float* grad;
 
@@ -50,7 +50,7 @@ struct MaskPass : ReducePass<float> {
 // The reduce pass over a gradient in the cache: scale * dz is added to grad_skip, and only that is
 // written. What the sums add to the gradient of the input is not known yet and not in it.
 struct AddPass : ReducePass<float> {
-  static constexpr int kMaps = 4;
+  static constexpr int kRows = 4;
   const float* grad_skip;
   float* grad_input;
 

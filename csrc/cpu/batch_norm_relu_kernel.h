@@ -24,7 +24,7 @@ struct ChannelAffine {
 template <typename T>
 struct ApplyPass {
   using A = accumulate_t<T>;
-  static constexpr int kMaps = 2;
+  static constexpr int kRows = 4;
   ChannelAffine<A> affine;
   const T* input;
   T* output;
@@ -33,11 +33,12 @@ struct ApplyPass {
   PREACT_INLINE auto begin(int64_t c) const {
     return affine.template get<P, Get>(c);
   }
-  template <typename P, typename Regs>
-  PREACT_INLINE void element(const Regs& regs, int64_t i) const {
-    const auto z = regs.z(P::load(input + i) - regs.mean);
-    P::store(output + i, where_active(z, z));
+  template <typename P, typename Regs, typename At>
+  PREACT_INLINE void element(const Regs& regs, At at) const {
+    store_at<P>(output, at, relu(regs.z(load_at<P>(input, at) - regs.mean)));
   }
+  template <typename Regs>
+  PREACT_INLINE void join(Regs&, const Regs&) const {}
   template <typename P, typename Get, typename Regs>
   PREACT_INLINE void end(const Regs&, int64_t) const {}
 };
@@ -46,6 +47,6 @@ template <typename T>
 void batch_norm_relu_part(const T* input, T* output, const FeatureMap& map,
                           const accumulate_t<T>* mean, const accumulate_t<T>* scale,
                           const accumulate_t<T>* bias, int64_t begin, int64_t end) {
-  using A = accumulate_t<T>;
-  sweep_map<A>(ApplyPass<T>{{mean, scale, bias}, input, output}, map, begin, end);
+  const ChannelArrays<T, 3> of(map, {mean, scale, bias});
+  sweep_map<T>(ApplyPass<T>{{of[0], of[1], of[2]}, input, output}, map, begin, end);
 }

@@ -3,7 +3,7 @@
 template <typename T>
 struct CompletePass {
   using A = accumulate_t<T>;
-  static constexpr int kMaps = 3;
+  static constexpr int kRows = 4;
   const A *slope, *centre, *offset;
   const A* total;
   const T* input;
@@ -18,11 +18,13 @@ struct CompletePass {
     return {Get::template get<P>(slope, c), Get::template get<P>(centre, c),
             Get::template get<P>(offset, c)};
   }
-  template <typename P>
-  PREACT_INLINE void element(const Regs<P>& regs, int64_t i) const {
-    const auto centred = P::load(input + i) - regs.centre;
-    P::store(grad_input + i, P::load(total + i) + madd(regs.slope, centred, regs.offset));
+  template <typename P, typename At>
+  PREACT_INLINE void element(const Regs<P>& regs, At at) const {
+    const auto centred = load_at<P>(input, at) - regs.centre;
+    store_at<P>(grad_input, at, load_at<P>(total, at) + madd(regs.slope, centred, regs.offset));
   }
+  template <typename Regs>
+  PREACT_INLINE void join(Regs&, const Regs&) const {}
   template <typename P, typename Get>
   PREACT_INLINE void end(const Regs<P>&, int64_t) const {}
 };
@@ -45,9 +47,9 @@ void complete_gradient_part(const accumulate_t<T>* total, const T* input,
                                input + from,
                                grad_input + i * (map.channels_last ? map.channels : map.spatial)};
     if (map.channels_last) {
-      sweep_rows<A>(pass, 0, 1, map.channels);
+      sweep_rows<A>(pass, 0, 1, map.channels, 0);
     } else {
-      sweep_channel<A>(pass, 0, map.spatial, 0);
+      sweep_plane<A>(pass, 0, map.spatial, 0);
     }
   }
 }

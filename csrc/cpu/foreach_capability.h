@@ -3,6 +3,7 @@
 // that of PREACT_AMX_KERNELS for the set with tile registers alone.
 // Lambdas do not inherit the enabled set: kernels use structs.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -43,6 +44,8 @@ PREACT_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
 namespace preact::amx {
 #include "cpu/vec.h"
 
+#include "cpu/pairs.h"
+
 #include "cpu/sweep.h"
 
 #include PREACT_AMX_KERNELS
@@ -57,6 +60,8 @@ PREACT_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")
 namespace preact::avx512 {
 #include "cpu/vec.h"
 
+#include "cpu/pairs.h"
+
 #include "cpu/sweep.h"
 
 #include PREACT_KERNELS
@@ -68,6 +73,8 @@ PREACT_BEGIN("avx2,fma,f16c")
 #define PREACT_VECTOR_BYTES 32
 namespace preact::avx2 {
 #include "cpu/vec.h"
+
+#include "cpu/pairs.h"
 
 #include "cpu/sweep.h"
 
@@ -82,6 +89,8 @@ PREACT_END
 #define PREACT_VECTOR_BYTES 16
 namespace preact::baseline {
 #include "cpu/vec.h"
+
+#include "cpu/pairs.h"
 
 #include "cpu/sweep.h"
 

@@ -1,6 +1,7 @@
 // What every CPU op does around its kernel.
 #pragma once
 
+#include <limits>
 #include <vector>
 
 #include "common/backward_terms.h"
@@ -60,6 +61,10 @@ struct Affine {
     for (int64_t c = 0; c < channels; ++c) {
       invstd[c] = static_cast<A>(1.0 / std::sqrt(static_cast<double>(invstd[c]) + eps));
       scale[c] *= invstd[c];
+      // Kernels round to bfloat16 by bits, which no NaN of another kind would survive.
+      for (A* const value : {&mean[c], &scale[c], &bias[c]}) {
+        if (*value != *value) *value = std::numeric_limits<A>::quiet_NaN();
+      }
     }
   }
 };
@@ -77,11 +82,14 @@ struct BackwardSums {
     const Tensor sum_dz_x = channel_vector(*grad_weight, input, "grad_weight");
     const Tensor sum_dz = channel_vector(*grad_bias, input, "grad_bias");
     const A inverse = A(1) / static_cast<A>(count);
+    const A *const dz_x = data<A>(sum_dz_x), *const dz = data<A>(sum_dz);
     for (size_t c = 0; c < slope.size(); ++c) {
-      const BackwardTerms<A> terms(affine.scale[c], affine.invstd[c], data<A>(sum_dz_x)[c],
-                                   data<A>(sum_dz)[c], inverse);
+      const BackwardTerms<A> terms(affine.scale[c], affine.invstd[c], dz_x[c], dz[c], inverse);
       slope[c] = terms.slope;
       offset[c] = terms.offset;
+      for (A* const value : {&slope[c], &offset[c]}) {
+        if (*value != *value) *value = std::numeric_limits<A>::quiet_NaN();
+      }
     }
   }
 };
@@ -102,14 +110,15 @@ void write_norm_gradients(const std::vector<double>& sum_dz, const std::vector<d
                           int64_t chunks, const Affine<A>& affine, const Tensor& grad_weight,
                           const Tensor& grad_bias) {
   const auto channels = static_cast<int64_t>(affine.invstd.size());
+  A *const weight = mutable_data<A>(grad_weight), *const bias = mutable_data<A>(grad_bias);
   for (int64_t c = 0; c < channels; ++c) {
     double dz = 0, dz_x = 0;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       dz += sum_dz[chunk * channels + c];
       dz_x += sum_dz_x[chunk * channels + c];
     }
-    mutable_data<A>(grad_bias)[c] = static_cast<A>(dz);
-    mutable_data<A>(grad_weight)[c] = static_cast<A>(dz_x * affine.invstd[c]);
+    bias[c] = static_cast<A>(dz);
+    weight[c] = static_cast<A>(dz_x * affine.invstd[c]);
   }
 }
 
@@ -131,9 +140,10 @@ void write_statistics(Partials& partials, int64_t chunks, const Count& count_of,
     }
     count += added;
   }
+  A *const means = mutable_data<A>(mean), *const variances = mutable_data<A>(var);
   for (int64_t c = 0; c < channels; ++c) {
-    mutable_data<A>(mean)[c] = static_cast<A>(partials.first[c]);
-    mutable_data<A>(var)[c] = static_cast<A>(partials.second[c] / count);
+    means[c] = static_cast<A>(partials.first[c]);
+    variances[c] = static_cast<A>(partials.second[c] / count);
   }
 }
 

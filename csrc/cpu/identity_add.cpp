@@ -16,12 +16,10 @@ std::tuple<Tensor, Tensor, Tensor> identity_add(const Tensor& input_, const Tens
   Tensor mean = empty_vector(input), var = empty_vector(input);
   Partials partials(map, chunks);
   dispatch(input.scalar_type(), [&]<typename T>() {
-    const auto task = PREACT_SELECT(identity_add_task, T);
+    const auto tasks = PREACT_SELECT(identity_add_tasks, T);
     torch::stable::parallel_for(0, chunks.tasks(map), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        task(data<T>(input), data<T>(other), mutable_data<T>(output), map, chunks, i,
-             partials.first.data(), partials.second.data());
-      }
+      tasks(data<T>(input), data<T>(other), mutable_data<T>(output), map, chunks, begin, end,
+            partials.first.data(), partials.second.data());
     });
     write_statistics<accumulate_t<T>>(partials, map, chunks, mean, var);
   });

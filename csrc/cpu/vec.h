@@ -50,7 +50,8 @@ struct Single {
   static constexpr int lanes = 1;
 
   static PREACT_INLINE reg broadcast(A value) { return value; }
-  static PREACT_INLINE A sum(reg value) { return value; }
+  static PREACT_INLINE reg load_channels(const A* p) { return *p; }
+  static PREACT_INLINE void store_channels(A* p, reg value) { *p = value; }
 
   static PREACT_INLINE reg load(const A* p) { return *p; }
   static PREACT_INLINE reg load(const BFloat16* p) { return bfloat16_to_float(p->bits); }
@@ -72,10 +73,18 @@ struct Pack {
   // Less zero, not plus zero: the one is the value itself to the compiler, the other an addition.
   static PREACT_INLINE reg broadcast(A value) { return value - reg{}; }
   static PREACT_INLINE A sum(reg value) {
-    A total = value[0];
-    for (int i = 1; i < lanes; ++i) total += value[i];
-    return total;
+    A sums[lanes];
+    std::memcpy(sums, &value, sizeof value);
+    for (int half = lanes / 2; half > 0; half /= 2) {
+      for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+    }
+    return sums[0];
   }
+
+  static PREACT_INLINE reg folded(reg value) { return value; }
+
+  static PREACT_INLINE reg load_channels(const A* p) { return load(p); }
+  static PREACT_INLINE void store_channels(A* p, reg value) { store(p, value); }
 
   static PREACT_INLINE reg load(const A* p) {
     reg value;
@@ -135,21 +144,29 @@ struct Pack {
   }
 };
 
-// `value` where z is positive or NaN, zero elsewhere: with value = z, ReLU as PyTorch computes it.
+// `value` where z is positive or NaN, zero elsewhere.
 template <typename R>
 PREACT_INLINE R where_active(R z, R value) {
   const R zero{};
   return z <= zero ? zero : value;
 }
 
-// A value as it will be read back after a store in type T.
-template <typename P, typename T>
-PREACT_INLINE typename P::reg rounded(typename P::reg value) {
-  if constexpr (std::is_same_v<T, float> || std::is_same_v<T, double>) {
-    return value;
-  } else {
-    T stored[P::lanes];
-    P::store(stored, value);
-    return P::load(stored);
+// ReLU as PyTorch computes it, a NaN for a NaN: that is what this instruction gives for its second
+// operand.
+template <typename R>
+PREACT_INLINE R relu(R z) {
+#if PREACT_X86
+  if constexpr (std::is_same_v<R, FloatVector>) {
+#if PREACT_VECTOR_BYTES == 64
+    return _mm512_maskz_max_ps(0xffff, _mm512_setzero_ps(), z);
+#elif PREACT_VECTOR_BYTES == 32
+    return _mm256_max_ps(_mm256_setzero_ps(), z);
+#else
+    return _mm_max_ps(_mm_setzero_ps(), z);
+#endif
+  } else if constexpr (std::is_same_v<R, float>) {
+    return _mm_cvtss_f32(_mm_max_ss(_mm_setzero_ps(), _mm_set_ss(z)));
   }
+#endif
+  return where_active(z, z);
 }
