@@ -106,7 +106,7 @@ def _folded(model: nn.Module, network: Network, mode: str) -> Prepared:
     prepared = _preact(model, network, mode)
     if mode != "inference":
         return prepared
-    return replace(prepared, note=f"{len(preact.fold_(model))} folded, {prepared.note}")
+    return replace(prepared, note=f"{len(preact.fold_(model).folded)} folded, {prepared.note}")
 
 
 PROVIDERS: dict[str, Provider] = {

@@ -10,7 +10,8 @@
 
 from . import functional, models, ops
 from .backends import use_backend
-from .fuse import FusionReport, fold_, fuse_, unfold_, unfuse_
+from .fold import FoldReport, fold_, unfold_
+from .fuse import FusionReport, fuse_, unfuse_
 from .modules import (
     BatchNormReLU2d,
     BatchNormReLUConv2d,
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BatchNormReLU2d",
     "BatchNormReLUConv2d",
+    "FoldReport",
     "FusionReport",
     "IdentityAdd",
     "PreActBasicBlock",

@@ -44,8 +44,10 @@ class Plan:
         self.fused = fused
         """The batch norms that the code fuses, and as what."""
         self.checks, self.sizes, self.hooks = guards
-        self.folded: list[nn.Module] = []
-        """The batch norms that are part of the convolution before them."""
+        self.folded: dict[nn.Module, str] = {}
+        """The batch norms that are part of the convolution before them, and when."""
+        self.unfolded: dict[nn.Module, str] = {}
+        """Why others are not."""
 
     def holds(self) -> bool:
         """Whether everything the traced forward depended on is as it was."""
@@ -136,14 +138,15 @@ class Analysis:
                 module = self.trace.module(prefix.norm)
                 assert module is not None
                 fused[module] = kind
-        folded = find_folds(self.trace, self.matches) if folds else []
-        norms = [self.trace.module(fold.norm) for fold in folded]
+        found = find_folds(self.trace, self.matches) if folds else None
         guards = self.trace.guards()
-        insert_folds(self.trace.graph, folded)
+        if found is not None:
+            insert_folds(self.trace.graph, found.folds)
         rewrite(self.trace.graph, self.matches, save_activation)
         run = to_function(self.trace.graph, original_class(self.block).__name__)
         plan = Plan(self.signature, run, fused, guards)
-        plan.folded = [module for module in norms if module is not None]
+        if found is not None:
+            plan.folded, plan.unfolded = found.folded, found.unfolded
         return plan
 
 

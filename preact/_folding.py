@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.fx import Graph, Node
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from ._folded import folded_conv2d
 from ._matching import (
     BATCH_NORM_RELU,
     POOLED,
@@ -20,8 +22,10 @@ from ._matching import (
     norm_reason,
 )
 from ._tracing import Trace, is_hooked
+from .folded import ALWAYS, WHERE_FASTER, folded_conv2d
 
 _SINGLE = (BATCH_NORM_RELU, PREFIX, SHARED_PREFIX, POOLED, POOLED_PREFIX)
+NOTHING_BEFORE = "no convolution that it alone reads stands before it"
 
 
 class Fold(NamedTuple):
@@ -32,44 +36,89 @@ class Fold(NamedTuple):
     nodes: list[Node]
 
 
-def find_folds(trace: Trace, matches: Matches) -> list[Fold]:
+@dataclass
+class Folds:
+    """What can be folded in one graph, and why other batch norms cannot."""
+
+    folds: list[Fold] = field(default_factory=list)
+    """Those of single norms; the units' are marked as such."""
+    folded: dict[nn.Module, str] = field(default_factory=dict)
+    unfolded: dict[nn.Module, str] = field(default_factory=dict)
+
+
+def find_folds(trace: Trace, matches: Matches) -> Folds:
     """What can be folded in evaluation; the prefixes that this takes are removed from ``matches``.
 
-    Whole units and dense blocks keep their norms, and so does a norm behind a convolution that runs
-    with the norm before it: a prefix is worth more.
+    Dense blocks keep their norms, and so does a norm behind a convolution that runs with the norm
+    before it: a prefix is worth more.
     """
+    found = Folds()
     matcher = Matcher(trace)
-    taken = {node for kind, _, nodes in matches.groups() for node in nodes if kind not in _SINGLE}
+    calls = Counter(map(trace.module, trace.graph.nodes))
+    taken: dict[Node, str] = {}
+    for unit in matches.units:
+        inner = [prefix.norm for prefix in unit.prefixes[1:]]
+        if inner and not any(trace.member(node, "training") for node in inner):
+            unit.folds = True
+            found.folded.update((_module(trace, node), WHERE_FASTER) for node in inner)
+        taken |= dict.fromkeys(unit.nodes, NOTHING_BEFORE)
+    for block in matches.dense_blocks:
+        taken |= dict.fromkeys(block.nodes, "a dense block's kernels apply it without a pass")
     by_norm = {prefix.norm: prefix for prefix in matches.prefixes}
-    calls = [trace.module(node) for node in trace.graph.nodes]
-    found: list[Fold] = []
     for norm in trace.graph.nodes:
         module = trace.module(norm)
-        if type(module) is not nn.BatchNorm2d or norm in taken or calls.count(module) > 1:
+        if not isinstance(module, _BatchNorm) or module in found.folded:
             continue
-        conv = norm.args[0] if len(norm.args) == 1 and not norm.kwargs else None
-        if not isinstance(conv, Node) or len(conv.users) != 1 or not matcher.is_conv(conv):
+        reason = taken.get(norm) or _reason(trace, matcher, matches, calls, norm)
+        if reason is not None:
+            found.unfolded[module] = reason
             continue
-        if any(conv in prefix.convs for prefix in matches.prefixes):
-            continue  # it runs with the norm before it
-        before = trace.module(conv)
-        assert before is not None
-        changes = torch.nn.utils.parametrize.is_parametrized(before)  # its weight at every call
-        if changes or calls.count(before) > 1 or is_hooked(module) or norm_reason(module):
-            continue
-        if trace.member(norm, "training"):
-            continue
+        conv = norm.args[0]
         trace.watch_module(module)
-        trace.watch_module(before)
+        trace.watch_module(_module(trace, conv))
+        found.folded[module] = ALWAYS
         prefix = by_norm.get(norm)
         if prefix is None:
-            found.append(Fold(conv, norm, None, [conv, norm]))
+            found.folds.append(Fold(conv, norm, None, [conv, norm]))
             continue
         matches.prefixes.remove(prefix)
-        found.append(
-            Fold(conv, norm, prefix.activation, [conv, norm, *prefix.inside, prefix.activation])
-        )
+        nodes = [conv, norm, *prefix.inside, prefix.activation]
+        found.folds.append(Fold(conv, norm, prefix.activation, nodes))
     return found
+
+
+def _module(trace: Trace, node: Node) -> nn.Module:
+    module = trace.module(node)
+    assert module is not None
+    return module
+
+
+def _reason(
+    trace: Trace,
+    matcher: Matcher,
+    matches: Matches,
+    calls: Counter[nn.Module | None],
+    norm: Node,
+) -> str | None:
+    """Why a norm that is part of nothing larger cannot be folded."""
+    module = _module(trace, norm)
+    if type(module) is not nn.BatchNorm2d:
+        return norm_reason(module) or f"{type(module).__name__} is not nn.BatchNorm2d itself"
+    if calls[module] > 1:
+        return f"called {calls[module]} times in one forward"
+    if is_hooked(module):
+        return "a hook is registered on it"
+    conv = norm.args[0] if len(norm.args) == 1 and not norm.kwargs else None
+    if not isinstance(conv, Node) or not matcher.is_conv(conv) or len(conv.users) != 1:
+        return NOTHING_BEFORE
+    if any(conv in prefix.convs for prefix in matches.prefixes):
+        return "the convolution before it runs with the norm before that"
+    before = _module(trace, conv)
+    if torch.nn.utils.parametrize.is_parametrized(before):
+        return "the weight before it is made anew at every call"
+    if calls[before] > 1:
+        return f"the convolution before it is called {calls[before]} times in one forward"
+    return "it is in training" if trace.member(norm, "training") else None
 
 
 def insert_folds(graph: Graph, folds: list[Fold]) -> None:

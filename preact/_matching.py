@@ -85,6 +85,8 @@ class Unit:
     projection: Node | None
     add: Node
     between: list[Node]
+    folds: bool = False
+    """Whether its inner norms may be folded into the convolutions before them."""
 
     @property
     def input(self) -> Node:

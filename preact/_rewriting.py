@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from . import modules
+from . import calls, folded_units
 from ._dense_block import DenseBlock
 from ._matching import Matches, Prefix, Unit
 
@@ -34,14 +34,14 @@ def _insert_prefix(graph: Graph, prefix: Prefix, options: dict[str, Any]) -> Non
         if prefix.pool is not None:
             convs = [_reference(graph, conv) for conv in prefix.convs]
             whole = (prefix.input, norm, convs, prefix.pool.windows)
-            results = {prefix.pool.node: graph.call_function(modules.fused_pooled_prefix, whole)}
+            results = {prefix.pool.node: graph.call_function(calls.fused_pooled_prefix, whole)}
         elif not prefix.convs:
-            fused = graph.call_function(modules.fused_batch_norm_relu, (norm, prefix.input))
+            fused = graph.call_function(calls.fused_batch_norm_relu, (norm, prefix.input))
             results = {prefix.activation: fused}
         else:
             convs = [_reference(graph, conv) for conv in prefix.convs]
             args = (prefix.input, norm, convs)
-            fused = graph.call_function(modules.fused_prefix, args, dict(options))
+            fused = graph.call_function(calls.fused_prefix, args, dict(options))
             results = {
                 conv: graph.call_function(operator.getitem, (fused, i))
                 for i, conv in enumerate(prefix.convs)
@@ -62,7 +62,8 @@ def _insert_unit(graph: Graph, unit: Unit, options: dict[str, Any]) -> None:
         ]
         projection = unit.projection and _reference(graph, unit.projection)
         args = (unit.input, layers, projection)
-        fused = graph.call_function(modules.fused_unit, args, dict(options))
+        function = folded_units.folded_unit if unit.folds else calls.fused_unit
+        fused = graph.call_function(function, args, dict(options))
         result = graph.call_function(operator.getitem, (fused, 0))
     unit.add.replace_all_uses_with(result)
     _erase(graph, unit.nodes)
@@ -79,13 +80,13 @@ def _insert_dense_block(graph: Graph, block: DenseBlock, options: dict[str, Any]
             for layer in block.layers
         ]
         args = (block.input, layers)
-        fused = graph.call_function(modules.fused_dense_block, args, dict(options))
+        fused = graph.call_function(calls.fused_dense_block, args, dict(options))
     block.output.replace_all_uses_with(fused)
     _erase(graph, block.nodes)
 
 
 def rewrite(graph: Graph, matches: Matches, save_activation: bool) -> None:
-    """Replace everything matched by calls of ``preact.modules``, each where its first norm stood.
+    """Replace everything matched by calls of ``preact.calls``, each where its first norm stood.
 
     A norm, and with it the update of its running statistics, keeps its place among the other
     operations; its convolutions read nothing but the activation and can move up to it.

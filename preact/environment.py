@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import preact
-from preact import backends, choice, plans, tuning
+from preact import backends, choice, folded_units, plans, tuning
 from preact.backends import cpp
 from preact.device import processor
 
@@ -149,7 +149,9 @@ def choices(device_type: str) -> list[str]:
     """What was chosen on a device in this process, and why: backends, then convolutions."""
     chosen = backends.choose(device_type)
     found = [f"backend: {chosen} on {device_type}", *choice.describe(device_type)]
-    return found if chosen == "reference" else [*found, f"plan: {plans.describe(device_type)}"]
+    if chosen != "reference":
+        found.append(f"plan: {plans.describe(device_type)}")
+    return found + [f"fold: {line}" for line in folded_units.describe() if device_type == "cpu"]
 
 
 def _kept() -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
@@ -14,10 +14,10 @@ from torch import Tensor, fx, nn
 
 from . import backends, choice, plans
 from ._block import BlockState, FusedBlock, Plan, become, fused_class
-from ._folded import forget
 from ._matching import is_norm, norm_reason
 from ._shadow import KEY, original_class
 from ._symbols import Signature
+from .folded import set_folds
 
 Filter = Callable[[str, nn.Module], bool]
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -59,19 +59,23 @@ class FusionReport:
         return counts | {"skipped": len(self.skipped)}
 
     def __str__(self) -> str:
-        rows = [("fused", *entry) for entry in self.fused]
-        rows += [("skipped", *entry) for entry in self.skipped]
-        lines = []
-        if rows:
-            width = max(len(name) for _, name, _ in rows)
-            lines = [f"{state:8}{name:{width}}  {reason}" for state, name, reason in rows]
-        summary = ", ".join(f"{number} {kind}" for kind, number in self.counts.items())
-        lines.append(f"{len(rows)} normalisation layers: {summary}")
-        lines.append(f"backend: {self.backend}")
+        states = [("fused", self.fused), ("skipped", self.skipped)]
+        lines = [*table(states, self.counts), f"backend: {self.backend}"]
         return "\n".join([*lines, f"plan: {self.plan}"] if self.plan else lines)
 
 
-class _Fuser:
+def table(
+    states: Sequence[tuple[str, Sequence[ReportEntry]]], counts: Mapping[str, int]
+) -> list[str]:
+    """The lines of a report: what became of each layer, and how often that happened."""
+    rows = [(state, *entry) for state, entries in states for entry in entries]
+    width = max((len(name) for _, name, _ in rows), default=0)
+    lines = [f"{state:8}{name:{width}}  {reason}" for state, name, reason in rows]
+    summary = ", ".join(f"{number} {kind}" for kind, number in counts.items())
+    return [*lines, f"{len(rows)} normalisation layers: {summary}"]
+
+
+class Fuser:
     """One pass over a model, from the innermost modules out."""
 
     def __init__(self, model: nn.Module, filter_fn: Filter | None, save_activation: bool) -> None:
@@ -261,45 +265,9 @@ def fuse_(
     Returns:
         What is fused and what is not, and why.
     """
-    fuser = _Fuser(model, filter_fn, save_activation)
+    fuser = Fuser(model, filter_fn, save_activation)
     fuser.visit(model)
     return fuser.report()
-
-
-def fold_(model: nn.Module) -> list[str]:
-    """Fold batch norms of a fused model into the convolutions before them, for inference.
-
-    Acts in the blocks that ``fuse_`` fused: where a batch norm is all that reads a convolution's
-    result, evaluation with gradients off runs one convolution with scaled weights, on a CPU with
-    the ReLU in it. Units and dense blocks that run as one function keep their norms, whose kernels
-    apply them without a pass. Parameters, buffers and ``state_dict`` stay as they are; training,
-    and evaluation with gradients, run unfolded. The folded weights are made at the first call, and
-    again after a change that PyTorch's version counters see: writes to ``tensor.data`` in place
-    they do not see, so call ``unfold_`` and ``fold_`` after those. torch.compile does not fold.
-
-    Returns the names of the batch norms folded. ``unfold_`` undoes it, ``unfuse_`` too.
-    """
-    return _set_folds(model, True)
-
-
-def unfold_(model: _Model) -> _Model:
-    """Undo ``fold_``. Returns ``model``."""
-    _set_folds(model, False)
-    return model
-
-
-def _set_folds(model: nn.Module, folds: bool) -> list[str]:
-    fuser = _Fuser(model, None, False)
-    folded: set[nn.Module] = set()
-    for block in model.modules():
-        if isinstance(block, FusedBlock):
-            old = block.__dict__[KEY]  # which a shallow copy of the block may share
-            state = BlockState(old.save_activation, old.closed, folds)
-            block.__dict__[KEY] = state
-            for plan in fuser.plans(block, state)[0]:
-                folded.update(plan.folded)
-    forget(model)
-    return [names[0] for module, names in fuser.names.items() if module in folded]
 
 
 def unfuse_(model: _Model) -> _Model:
@@ -308,4 +276,5 @@ def unfuse_(model: _Model) -> _Model:
         if isinstance(module, FusedBlock):
             become(module, original_class(module))
             module.__dict__.pop(KEY, None)
+    set_folds(model, False)
     return model

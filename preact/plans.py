@@ -148,7 +148,7 @@ def _decide_on_cpu(input: Tensor, weight: Tensor, geometry: Geometry, work: str,
     problem = trials.of_sizes_on_cpu(_problem(input, weight, geometry, work))
     known = _decided.get(problem)
     # Asked again at every call, what was not measured would cost more than it can gain.
-    if known is not None and (known[1] == "measured" or trials.seconds_left() <= 0):
+    if known is not None and (known[1] == "measured" or trials.PLANS.left() <= 0):
         return known[0]
     if tuning.why_not(input.device):  # for now: the next call may measure
         return written

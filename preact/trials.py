@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -100,44 +100,52 @@ def fastest(
             if device.type == "cuda" or backend == "triton":
                 chosen = tuning.select(op, key, routes, run, device)
             else:
-                chosen = _select_on_cpu(op, key, routes, run, device, clearly)
+                chosen = select_on_cpu(op, key, routes, run, clearly, PLANS)
     except torch.OutOfMemoryError:
         return preferred, False
     return chosen.own, tuning.is_known(op, key, device)
 
 
-_spent = 0.0
+class Budget:
+    """Seconds that a process may spend on measuring one kind of choice on its CPU."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.spent = seconds, 0.0
+
+    def left(self) -> float:
+        return math.inf if tuning.setting() == "measure" else self.seconds - self.spent
 
 
-def seconds_left() -> float:
-    """Of those for measuring on a CPU."""
-    return math.inf if tuning.setting() == "measure" else tuning.CPU_SECONDS - _spent
+PLANS = Budget(tuning.CPU_SECONDS)
 
 
-def _select_on_cpu(
+def select_on_cpu(
     op: str,
     key: str,
-    routes: tuple[Route, Route],
-    run: Callable[[Route], object],
-    device: torch.device,
+    configs: Sequence[tuning.Config],
+    run: Callable[[tuning.Config], object],
     clearly: float,
-) -> Route:
-    """The written choice, unless the other is clearly faster twice: one that flips from run to run
-    would change how results are rounded."""
-    global _spent
-    known = tuning.recall(op, key, routes, device)
-    if known is not None or tuning.why_not(device) or seconds_left() <= 0:
-        return known or routes[0]
+    budget: Budget,
+) -> tuning.Config:
+    """The first of ``configs``, unless another is clearly faster twice: a choice that flips from
+    run to run would change how results are rounded."""
+    device = torch.device("cpu")
+    known = tuning.recall(op, key, configs, device)
+    if known is not None or tuning.why_not(device) or budget.left() <= 0:
+        return known or configs[0]
     start = time.perf_counter()
-    runs = [functools.partial(run, route) for route in routes]
-    chosen = routes[1]
+    chosen, considered = configs[0], list(configs)
     for _ in range(2):
-        written, other = tuning.measure(runs, device)
-        if other >= clearly * written:
-            chosen = routes[0]
+        runs = [functools.partial(run, config) for config in considered]
+        written, *others = tuning.measure(runs, device)
+        best = min(range(len(others)), key=others.__getitem__)
+        if others[best] >= clearly * written:
+            chosen = configs[0]
             break
+        chosen = considered[1 + best]
+        considered = [configs[0], chosen]
     tuning.remember(op, key, chosen, device)
-    _spent += time.perf_counter() - start
+    budget.spent += time.perf_counter() - start
     return chosen
 
 

@@ -33,7 +33,7 @@ def as_in_a_new_process(monkeypatch, tmp_path):
     monkeypatch.setattr(plans, "_decided", {})
     monkeypatch.setattr(remembered, "_calls", {})
     monkeypatch.setattr(tuning, "_chosen", {})
-    monkeypatch.setattr(trials, "_spent", 0.0)
+    monkeypatch.setattr(trials.PLANS, "spent", 0.0)
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_a_gain_that_is_not_confirmed_is_none(clock, monkeypatch):
 
 
 def test_the_time_for_measuring_is_bounded(clock, monkeypatch):
-    monkeypatch.setattr(trials, "_spent", tuning.CPU_SECONDS)
+    monkeypatch.setattr(trials.PLANS, "spent", tuning.CPU_SECONDS)
     large = operands(256, 512, size=16)
     assert fuses(*large)
     assert clock["asked"] == 0

@@ -41,8 +41,11 @@ LAYERS = [
     {"serving"},
     {"functional"},
     {"synchronised", "dense", "pooled"},
+    {"calls"},
+    {"folded"},
+    {"folded_units"},
     {"modules"},
-    {"models", "fuse"},
+    {"models", "fuse", "fold"},
     {"environment", "__init__"},
 ]
 

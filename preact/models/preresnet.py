@@ -10,8 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..calls import batch_norm, fused_batch_norm_relu, fused_units
+from ..folded import ALWAYS, folded_conv2d
+from ..folded_units import folded_units
 from ..functional import Statistics
-from ..modules import batch_norm, fused_batch_norm_relu, fused_units
+from ..hooks import is_called_plainly
 from .units import LAYERS, ResidualUnit, arrangement, out_channels
 
 IMAGENET = {
@@ -34,7 +37,8 @@ class PreActStage(nn.Sequential):
             units = list(run)
             if together:
                 layers = [unit.layers() for unit in units if isinstance(unit, ResidualUnit)]
-                input, statistics = fused_units(input, layers, statistics, units[-1].training)
+                together_as = folded_units if units[0].folds else fused_units
+                input, statistics = together_as(input, layers, statistics, units[-1].training)
                 continue
             for unit in units:
                 input, statistics = unit(input, statistics, return_statistics=True)
@@ -71,6 +75,9 @@ class PreResNet(nn.Module):
         **unit_arguments: ``shortcut``, ``option``, ``stride_on`` and ``save_activation`` of
             ``ResidualUnit``.
     """
+
+    folds = False
+    """Whether ``fold_`` was asked for."""
 
     def __init__(
         self,
@@ -133,7 +140,10 @@ class PreResNet(nn.Module):
 
     def open(self, input: Tensor) -> Tensor:
         """What comes before the first unit."""
-        x: Tensor = self.stem(input)
+        if self.folds and self.stem_norm is not None and is_called_plainly(self.stem):
+            x = folded_conv2d(input, self.stem, self.stem_norm, self.stem_relu)
+            return x if self.pool is None else self.pool(x)
+        x = self.stem(input)
         if self.stem_norm is not None:
             fused = self.stem_relu
             x = fused_batch_norm_relu(self.stem_norm, x) if fused else batch_norm(self.stem_norm, x)
@@ -147,6 +157,10 @@ class PreResNet(nn.Module):
             input = F.relu(input)
         logits: Tensor = self.fc(torch.flatten(F.adaptive_avg_pool2d(input, 1), 1))
         return logits
+
+    def folded_norms(self) -> dict[nn.Module, str]:
+        """Those that ``fold_`` folds into the convolutions before them, and when."""
+        return {} if self.stem_norm is None else {self.stem_norm: ALWAYS}
 
     def unfused_norms(self) -> dict[nn.Module, str]:
         """The norms outside its units that run in eager PyTorch, each with the reason."""

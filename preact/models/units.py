@@ -14,9 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
-from ..functional import Statistics
-from ..hooks import is_called_plainly
-from ..modules import (
+from ..calls import (
     BatchNorm,
     Layer,
     batch_norm,
@@ -24,6 +22,10 @@ from ..modules import (
     fused_unit,
     linked_prefix,
 )
+from ..folded import WHERE_FASTER
+from ..folded_units import folded_unit
+from ..functional import Statistics
+from ..hooks import is_called_plainly
 from . import shortcuts
 from .shortcuts import Factor, Shortcut, ZeroPad
 
@@ -93,6 +95,9 @@ class ResidualUnit(nn.Module):
     Raises:
         ValueError: for a name that is not known.
     """
+
+    folds = False
+    """Whether ``fold_`` was asked for."""
 
     def __init__(
         self,
@@ -195,7 +200,8 @@ class ResidualUnit(nn.Module):
         if self._is_one_function():
             projection = self.shortcut
             assert projection is None or isinstance(projection, nn.Conv2d)
-            output, found = fused_unit(
+            run = folded_unit if self.folds else fused_unit
+            output, found = run(
                 input, self.layers(), projection, self.save_activation, statistics, wanted
             )
         else:
@@ -213,6 +219,10 @@ class ResidualUnit(nn.Module):
 
     def layers(self) -> list[Layer]:
         return list(zip(self.norms, self.convs, strict=True))
+
+    def folded_norms(self) -> dict[nn.Module, str]:
+        """Those that ``fold_`` folds into the convolutions before them, and when."""
+        return dict.fromkeys(self.norms[1:] if self._is_one_function() else [], WHERE_FASTER)
 
     def _is_one_function(self) -> bool:
         """Whether ``functional.residual_unit`` is the whole of it."""

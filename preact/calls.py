@@ -1,0 +1,200 @@
+"""The functions on torch.nn modules: what they take of a module, and what they leave in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import dense, functional, pooled
+from .arguments import Pool
+from .functional import Conv, Norm, Statistics
+from .synchronised import is_synchronised, synchronised_norm
+
+BatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm
+Layer = tuple[BatchNorm, nn.Conv2d]
+
+
+def _norm_of(bn: BatchNorm, input: Tensor | None = None) -> Norm:
+    """What ``bn`` would pass to ``batch_norm`` now, before it counts the batch."""
+    if input is not None:
+        bn._check_input_dim(input)
+    momentum, training = bn.momentum, bn.training
+    if momentum is None:
+        momentum = 0.0
+        if training and bn.num_batches_tracked is not None:
+            momentum = 1.0 / (float(bn.num_batches_tracked) + 1.0)
+    mean, var = bn.running_mean, bn.running_var
+    own = training or (mean is None and var is None)
+    if training and not bn.track_running_stats:
+        mean = var = None
+    norm = Norm(mean, var, bn.weight, bn.bias, own, momentum, bn.eps)
+    if input is not None and is_synchronised(bn):
+        return synchronised_norm(bn, input, norm)
+    return norm
+
+
+def conv_arguments(conv: nn.Conv2d) -> Conv:
+    return Conv(
+        conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
+    )  # fmt: skip
+
+
+def described_layers(layers: Sequence[Layer], input: Tensor | None) -> list[tuple[Norm, Conv]]:
+    """What the functions take of a unit's layers; ``input`` is that of the first."""
+    return [
+        (_norm_of(bn, input if i == 0 else None), conv_arguments(conv))
+        for i, (bn, conv) in enumerate(layers)
+    ]
+
+
+def _count_batch(*norms: BatchNorm) -> None:
+    """In place, as CUDA graphs need; after the forward, so that one that raises counts nothing."""
+    for bn in norms:
+        if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
+            bn.num_batches_tracked.add_(1)
+
+
+def fused_batch_norm_relu(
+    bn: BatchNorm, input: Tensor, statistics: Statistics | None = None
+) -> Tensor:
+    """``relu(bn(input))``."""
+    output = functional.batch_norm_relu(input, *_norm_of(bn, input), statistics=statistics)
+    _count_batch(bn)
+    return output
+
+
+def batch_norm(bn: BatchNorm, input: Tensor) -> Tensor:
+    """``bn(input)`` alone, for the places where no ReLU follows; nothing there is fused."""
+    output = F.batch_norm(input, *_norm_of(bn, input))
+    _count_batch(bn)
+    return output
+
+
+def fused_prefix(
+    input: Tensor,
+    bn: BatchNorm,
+    convs: Sequence[nn.Conv2d],
+    residual: Tensor | None = None,
+    save_activation: bool = False,
+) -> tuple[Tensor, ...]:
+    """``conv(relu(bn(input)))`` for each of ``convs``, ``residual`` added to the first."""
+    return linked_prefix(input, bn, convs, residual, save_activation)[0]
+
+
+def fused_pooled_prefix(
+    input: Tensor,
+    bn: BatchNorm,
+    convs: Sequence[nn.Conv2d],
+    pool: tuple[tuple[int, int], tuple[int, int], tuple[int, int], bool],
+) -> Tensor:
+    """``pool(relu(bn(input)))``, with a pointwise convolution of ``convs`` before a mean."""
+    norm = _norm_of(bn, input)
+    conv = conv_arguments(convs[0]) if convs else None
+    output = pooled.batch_norm_relu_pool2d(input, norm, Pool(*pool), conv)
+    _count_batch(bn)
+    return output
+
+
+def linked_prefix(
+    input: Tensor,
+    bn: BatchNorm,
+    convs: Sequence[nn.Conv2d],
+    residual: Tensor | None = None,
+    save_activation: bool = False,
+    statistics: Statistics | None = None,
+    return_statistics: bool = False,
+) -> tuple[tuple[Tensor, ...], Statistics | None]:
+    """``fused_prefix`` that takes its input's statistics and hands on those of its first result."""
+    found = functional.batch_norm_relu_convs2d(
+        input,
+        _norm_of(bn, input),
+        [conv_arguments(conv) for conv in convs],
+        residual=residual,
+        statistics=statistics,
+        return_statistics=return_statistics,
+        save_activation=save_activation,
+    )
+    _count_batch(bn)
+    return found
+
+
+def fused_unit(
+    input: Tensor,
+    layers: Sequence[Layer],
+    projection: nn.Conv2d | None = None,
+    save_activation: bool = False,
+    statistics: Statistics | None = None,
+    return_statistics: bool = False,
+) -> tuple[Tensor, Statistics | None]:
+    """A residual unit of torch.nn modules and the statistics of its result, if asked for.
+
+    Where a norm exchanges statistics with other processes, the unit runs prefix by prefix.
+    """
+    if any(is_synchronised(bn) for bn, _ in layers):
+        x, shortcut = input, input
+        for index, (bn, conv) in enumerate(layers):
+            convs = [conv] if index or projection is None else [conv, projection]
+            x, *projected = fused_prefix(x, bn, convs, None, save_activation)
+            shortcut = projected[0] if projected else shortcut
+        return x + shortcut, None
+    conv_of_shortcut = None if projection is None else conv_arguments(projection)
+    output, handed_on = functional.residual_unit(
+        input, described_layers(layers, input), conv_of_shortcut, statistics=statistics,
+        return_statistics=return_statistics, save_activation=save_activation,
+    )  # fmt: skip
+    _count_batch(*(bn for bn, _ in layers))
+    return output, handed_on
+
+
+def fused_units(
+    input: Tensor,
+    units: Sequence[Sequence[Layer]],
+    statistics: Statistics | None = None,
+    return_statistics: bool = False,
+) -> tuple[Tensor, Statistics | None]:
+    """``fused_unit`` of each of ``units``, around an identity shortcut, on what is before it."""
+    norms = [bn for layers in units for bn, _ in layers]
+    if any(map(is_synchronised, norms)):
+        for layers in units:
+            input, statistics = fused_unit(input, layers, None, False, statistics)
+        return input, statistics
+    described = [described_layers(layers, None if i else input) for i, layers in enumerate(units)]
+    found = functional.residual_units(
+        input, described, statistics=statistics, return_statistics=return_statistics
+    )
+    _count_batch(*norms)
+    return found
+
+
+def fused_dense_block(
+    input: Tensor,
+    layers: Sequence[tuple[BatchNorm, nn.Conv2d, BatchNorm, nn.Conv2d]],
+    save_activation: bool = False,
+) -> Tensor:
+    """``input`` and what each layer makes of everything before it, concatenated.
+
+    Where the block cannot run as a whole it runs prefix by prefix.
+    """
+    norms = [bn for first, _, second, _ in layers for bn in (first, second)]
+    if not any(is_synchronised(bn) for bn in norms):
+        described = [
+            (
+                _norm_of(first, input if i == 0 else None),
+                conv_arguments(conv),
+                _norm_of(second),
+                conv_arguments(last),
+            )
+            for i, (first, conv, second, last) in enumerate(layers)
+        ]
+        if dense.is_fusible(input, described):
+            output = dense.dense_block(input, described)
+            _count_batch(*norms)
+            return output
+    features = [input]
+    for first, conv, second, last in layers:
+        (bottleneck,) = fused_prefix(torch.cat(features, 1), first, [conv], None, save_activation)
+        features += fused_prefix(bottleneck, second, [last], None, save_activation)
+    return torch.cat(features, 1)
