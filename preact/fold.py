@@ -29,8 +29,7 @@ class FoldReport:
     skipped: list[ReportEntry] = field(default_factory=list)
     """The others, each with the reason."""
     measured: list[str] = field(default_factory=list)
-    """What was chosen for whole units in this process so far, a line for each problem; ``norm 2``
-    is a unit's second."""
+    """What was chosen for whole units in this process so far, a line for each problem."""
 
     @property
     def counts(self) -> dict[str, int]:
@@ -54,9 +53,9 @@ def fold_(model: nn.Module) -> FoldReport:
     Acts in the blocks that ``fuse_`` fused and in the units and networks of this package. In
     evaluation with gradients off a batch norm that alone reads a convolution's result becomes a
     scale of its weights, with the ReLU in oneDNN's own pass. Inner norms of full pre-activation
-    units are folded in shapes where that is clearly faster, unit by unit and norm by norm: the
-    first call of each shape measures it on its own operands (10 seconds a process at most to begin
-    another; ``PREACT_TUNE=off`` leaves the units as they are), and processes after it remember.
+    units are folded in shapes where that is clearly faster: the first call of each shape measures
+    it on its own operands (10 seconds a process at most to begin another; ``PREACT_TUNE=off``
+    leaves the units as they are), and processes after it remember.
     Dense blocks keep their norms, whose kernels apply them without a pass.
 
     Parameters, buffers and ``state_dict`` stay as they are; training, and evaluation with
