@@ -14,6 +14,7 @@ from .compare import compare
 from .memory_step import memory
 from .race import race
 from .signal import signal
+from .streaming import streaming
 from .study import study
 from .traffic import traffic
 from .train import train
@@ -43,6 +44,7 @@ main.add_command(race)
 main.add_command(memory)
 main.add_command(traffic)
 main.add_command(breakdown)
+main.add_command(streaming)
 
 if __name__ == "__main__":
     main(prog_name="python -m benchmarks")

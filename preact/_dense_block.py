@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import Node
 
-from ._prefix import Prefix
+if TYPE_CHECKING:
+    from ._matching import Prefix
 
 _CAT_FUNCTIONS = {torch.cat, torch.concat, torch.concatenate}
 

@@ -12,8 +12,7 @@ from torch.fx import Graph, Node
 
 from . import calls, folded_units
 from ._dense_block import DenseBlock
-from ._matching import Matches, Unit
-from ._prefix import Prefix
+from ._matching import Matches, Prefix, Unit
 
 _serial = itertools.count()
 

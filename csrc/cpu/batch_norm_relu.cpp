@@ -15,10 +15,11 @@ Tensor batch_norm_relu(const Tensor& input_, const Tensor& mean, const Tensor& v
   dispatch(input.scalar_type(), [&]<typename T>() {
     const Affine<accumulate_t<T>> affine(input, mean, var, weight, bias, eps);
     const auto part = PREACT_SELECT(batch_norm_relu_part, T);
-    parallel_over_map(map, [&](int64_t begin, int64_t end) {
-      part(data<T>(input), mutable_data<T>(output), map, affine.mean.data(), affine.scale.data(),
-           affine.bias.data(), begin, end);
-    });
+    parallel_over_map(
+        map, [=, x = data<T>(input), y = mutable_data<T>(output), mean = affine.mean.data(),
+              scale = affine.scale.data(), bias = affine.bias.data()](int64_t begin, int64_t end) {
+          part(x, y, map, mean, scale, bias, begin, end);
+        });
   });
   return output;
 }

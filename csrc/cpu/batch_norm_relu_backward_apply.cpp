@@ -17,12 +17,14 @@ void write_backward_apply(const Tensor& grad_output, const Tensor& input, const 
     const Affine<A> affine(input, mean, var, weight, bias, eps);
     const BackwardSums<A> sums(input, affine, grad_weight, grad_bias, map.count());
     const auto part = PREACT_SELECT(batch_norm_relu_backward_apply_part, T);
-    parallel_over_map(map, [&](int64_t begin, int64_t end) {
-      part(data<T>(grad_output), data<T>(input), grad_skip ? data<T>(*grad_skip) : nullptr,
-           mutable_data<T>(grad_input), map, affine.mean.data(), affine.scale.data(),
-           affine.bias.data(), grad_weight ? sums.slope.data() : nullptr, sums.offset.data(), begin,
-           end);
-    });
+    parallel_over_map(
+        map, [=, g = data<T>(grad_output), x = data<T>(input),
+              skip = grad_skip ? data<T>(*grad_skip) : nullptr, dx = mutable_data<T>(grad_input),
+              mean = affine.mean.data(), scale = affine.scale.data(), bias = affine.bias.data(),
+              slope = grad_weight ? sums.slope.data() : nullptr,
+              offset = sums.offset.data()](int64_t begin, int64_t end) {
+          part(g, x, skip, dx, map, mean, scale, bias, slope, offset, begin, end);
+        });
   });
 }
 

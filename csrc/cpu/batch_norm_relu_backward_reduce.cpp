@@ -22,11 +22,13 @@ std::tuple<Tensor, Tensor> batch_norm_relu_backward_reduce(const Tensor& grad_ou
     using A = accumulate_t<T>;
     const Affine<A> affine(input, mean, var, weight, bias, eps);
     const auto tasks = PREACT_SELECT(batch_norm_relu_backward_reduce_tasks, T);
-    torch::stable::parallel_for(0, chunks.tasks(map), 1, [&](int64_t begin, int64_t end) {
-      tasks(data<T>(grad_output), data<T>(input), map, chunks, affine.mean.data(),
-            affine.scale.data(), affine.bias.data(), begin, end, sums.first.data(),
-            sums.second.data());
-    });
+    parallel_over_tasks(
+        map, chunks,
+        [=, g = data<T>(grad_output), x = data<T>(input), mean = affine.mean.data(),
+         scale = affine.scale.data(), bias = affine.bias.data(), sum_dz = sums.first.data(),
+         sum_dz_x = sums.second.data()](int64_t begin, int64_t end) {
+          tasks(g, x, map, chunks, mean, scale, bias, begin, end, sum_dz, sum_dz_x);
+        });
     write_norm_gradients(sums.first, sums.second, chunks.count, affine, grad_weight, grad_bias);
   });
   return {grad_weight, grad_bias};

@@ -77,7 +77,8 @@ void reduce_planes(ReducePass<T> pass, int64_t first, int64_t images, int64_t st
   pass.sum_dz_x = sums.data() + channels * V::lanes;
   std::fill_n(sum_dz, channels, 0.0);
   std::fill_n(sum_dz_x, channels, 0.0);
-  const int64_t group = std::max<int64_t>(kSumElements / length, 1);  // images of a tile
+  const int64_t group =
+      std::max<int64_t>(kSumElements / std::max<int64_t>(length, 1), 1);  // images of a tile
   for (int64_t image = 0, stop; image < images; image = stop) {
     stop = std::min(image + group, images);
     for (int64_t from = 0, part; from < length; from += part) {

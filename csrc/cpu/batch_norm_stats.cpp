@@ -15,9 +15,10 @@ std::tuple<Tensor, Tensor> batch_norm_stats(const Tensor& input_) {
   Partials partials(map, chunks);
   dispatch(input.scalar_type(), [&]<typename T>() {
     const auto tasks = PREACT_SELECT(batch_norm_stats_tasks, T);
-    torch::stable::parallel_for(0, chunks.tasks(map), 1, [&](int64_t begin, int64_t end) {
-      tasks(data<T>(input), map, chunks, begin, end, partials.first.data(), partials.second.data());
-    });
+    parallel_over_tasks(
+        map, chunks,
+        [=, x = data<T>(input), first = partials.first.data(), second = partials.second.data()](
+            int64_t begin, int64_t end) { tasks(x, map, chunks, begin, end, first, second); });
     write_statistics<accumulate_t<T>>(partials, map, chunks, mean, var);
   });
   return {mean, var};

@@ -33,13 +33,25 @@ T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// Runs function(begin, end) over rows (channels_last) or planes on PyTorch's threads.
+// Fewer elements, as for ATen, are not worth another thread.
+constexpr int64_t kGrainElements = 32768;
+
+// Runs function(begin, end) over rows (channels_last) or planes on PyTorch's threads. What function
+// captures should be pointers and sizes: another core waits for each line of a tensor's own memory.
 template <typename Function>
 void parallel_over_map(const FeatureMap& map, const Function& function) {
-  constexpr int64_t kGrainElements = 16384;
   const int64_t length = map.channels_last ? map.count() : map.batch * map.channels;
   const int64_t width = map.channels_last ? map.channels : map.spatial;
   torch::stable::parallel_for(0, length, std::max<int64_t>(kGrainElements / width, 1), function);
+}
+
+// The same over the tasks of chunks.
+template <typename Function>
+void parallel_over_tasks(const FeatureMap& map, const Chunks& chunks, const Function& function) {
+  const int64_t tasks = chunks.tasks(map);
+  const int64_t elements =
+      std::max<int64_t>(map.count() * map.channels / std::max<int64_t>(tasks, 1), 1);
+  torch::stable::parallel_for(0, tasks, ceil_div(kGrainElements, elements), function);
 }
 
 // weight * invstd, the mean and the bias of each channel, with absent parameters filled in.

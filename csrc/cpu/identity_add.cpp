@@ -17,10 +17,12 @@ std::tuple<Tensor, Tensor, Tensor> identity_add(const Tensor& input_, const Tens
   Partials partials(map, chunks);
   dispatch(input.scalar_type(), [&]<typename T>() {
     const auto tasks = PREACT_SELECT(identity_add_tasks, T);
-    torch::stable::parallel_for(0, chunks.tasks(map), 1, [&](int64_t begin, int64_t end) {
-      tasks(data<T>(input), data<T>(other), mutable_data<T>(output), map, chunks, begin, end,
-            partials.first.data(), partials.second.data());
-    });
+    parallel_over_tasks(map, chunks,
+                        [=, x = data<T>(input), r = data<T>(other), y = mutable_data<T>(output),
+                         first = partials.first.data(),
+                         second = partials.second.data()](int64_t begin, int64_t end) {
+                          tasks(x, r, y, map, chunks, begin, end, first, second);
+                        });
     write_statistics<accumulate_t<T>>(partials, map, chunks, mean, var);
   });
   return {output, mean, var};

@@ -116,18 +116,27 @@ struct Rest {
   int64_t count;
 };
 
-// How far ahead lines are asked for, in bytes. The processor's own prefetchers do not keep up with
-// a pass whose arithmetic holds back its next loads.
+// Where a vector of elements lies in its maps, and how far ahead of it, in bytes, lines are asked
+// for: the processor's own prefetchers do not keep up with a pass whose arithmetic holds back its
+// next loads.
+struct Offset {
+  int64_t first;
+  int64_t ahead;
+
+  PREACT_INLINE operator int64_t() const { return first; }
+};
 constexpr int64_t kAhead = 2048;
+constexpr int64_t kWriteAhead = 256;  // lines to be written wait in the first-level cache
 
 template <typename P, typename T>
-PREACT_INLINE typename P::reg load_at(const T* p, int64_t at) {
-  __builtin_prefetch(reinterpret_cast<const char*>(p + at) + kAhead);
-  return P::load(p + at);
+PREACT_INLINE typename P::reg load_at(const T* p, Offset at) {
+  __builtin_prefetch(reinterpret_cast<const char*>(p + at.first) + at.ahead);
+  return P::load(p + at.first);
 }
 template <typename P, typename T>
-PREACT_INLINE void store_at(T* p, int64_t at, typename P::reg value) {
-  P::store(p + at, value);
+PREACT_INLINE void store_at(T* p, Offset at, typename P::reg value) {
+  __builtin_prefetch(reinterpret_cast<const char*>(p + at.first) + kWriteAhead, 1);
+  P::store(p + at.first, value);
 }
 // In pieces of half a vector, a quarter and so on: calls of memcpy for a few elements each cost
 // more than the arithmetic.
@@ -188,7 +197,7 @@ PREACT_INLINE FloatPair first_lanes(FloatPair value, int64_t count) {
 }
 // What of a value belongs to elements that are there.
 template <typename R>
-PREACT_INLINE R present(R value, int64_t) {
+PREACT_INLINE R present(R value, Offset) {
   return value;
 }
 template <typename R>

@@ -6,7 +6,7 @@
 
 // Values per channel between two merges into double precision. The first tile is shorter, so that
 // its second read comes from the cache and costs little.
-constexpr int64_t kFirstShare = 8;  // of a tile
+constexpr int64_t kFirstShare = 16;  // of a tile
 constexpr int64_t kTileRows = 512;
 constexpr int64_t kTileElements = 8192;  // the same within one channel's planes
 
@@ -166,7 +166,8 @@ void plane_statistics(Source source, Again again, int64_t first, int64_t images,
   const StatisticsPass<T, Again> second{again, sums};
   std::fill_n(mean, channels, 0.0);
   std::fill_n(m2, channels, 0.0);
-  const int64_t group = std::max<int64_t>(kTileElements / length, 1);  // images of a tile
+  const int64_t group =
+      std::max<int64_t>(kTileElements / std::max<int64_t>(length, 1), 1);  // images of a tile
   double count = 0;
   for (int64_t image = 0, stop; image < images; image = stop) {
     stop = std::min(image + group, images);

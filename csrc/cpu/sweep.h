@@ -2,16 +2,17 @@
 //
 // A pass is a struct with inlined members, each for a holder P (Pairs, Pack or Single):
 //   begin<P, Get>(c)    -> Regs<P>: the per-channel values of channel c (and those after it)
-//   element<P>(regs, at)          : the work on P::lanes elements from offset `at`, or on a Rest
+//   element<P>(regs, at)          : the work on P::lanes elements at an Offset, or on a Rest
 //   join(regs, other)             : what `other` accumulated is added to regs
 //   end<P, Get>(regs, c)          : what was accumulated goes back to the per-channel arrays
 // and kRows, how many rows of channels share one load of the per-channel values: 8 where maps are
-// read only, 4 where one is written.
+// read only, 4 where one is written; of longer rows 4.
 // Get says how a per-channel array is read: one value per lane, or one for all lanes.
 
-// Longer rows are walked one by one: at these distances lines of several rows and maps fall into
-// few sets of the cache.
-constexpr int64_t kSharedBytes = 2048;
+// Still longer rows are walked one by one: at these distances lines of several rows and maps fall
+// into few sets of the cache.
+constexpr int64_t kShortRow = 512, kLongestShared = 2048;  // bytes
+constexpr int kLongRows = 4;
 
 struct AlongChannels {
   template <typename P, typename A>
@@ -40,11 +41,12 @@ struct WithinChannel {
 
 template <typename P, int Rows, typename Pass>
 PREACT_INLINE void sweep_channels(const Pass& pass, int64_t row, int64_t channels, int64_t stride,
-                                  int64_t& c) {
+                                  int64_t ahead, int64_t& c) {
   for (; c + P::lanes <= channels; c += P::lanes) {
     auto regs = pass.template begin<P, AlongChannels>(c);
 #pragma GCC unroll 8
-    for (int r = 0; r < Rows; ++r) pass.template element<P>(regs, (row + r) * stride + c);
+    for (int r = 0; r < Rows; ++r)
+      pass.template element<P>(regs, Offset{(row + r) * stride + c, ahead});
     pass.template end<P, AlongChannels>(regs, c);
   }
 }
@@ -53,10 +55,12 @@ template <typename T, int Rows, typename Pass>
 PREACT_INLINE void sweep_some_rows(const Pass& pass, int64_t row, int64_t channels,
                                    int64_t stride) {
   using P = VectorsOf<T>;
+  // At least to the same place in the next rows.
+  const int64_t ahead = std::max<int64_t>(kAhead, Rows * stride * static_cast<int64_t>(sizeof(T)));
   int64_t c = 0;
-  sweep_channels<P, Rows>(pass, row, channels, stride, c);
+  sweep_channels<P, Rows>(pass, row, channels, stride, ahead, c);
   if constexpr (!std::is_same_v<P, Pairs>) {
-    sweep_channels<Single<accumulate_t<T>>, Rows>(pass, row, channels, stride, c);
+    sweep_channels<Single<accumulate_t<T>>, Rows>(pass, row, channels, stride, ahead, c);
   } else if (c < channels) {
     auto regs = pass.template begin<P, AlongChannels>(c);
     for (int r = 0; r < Rows; ++r) {
@@ -71,10 +75,13 @@ PREACT_INLINE void sweep_some_rows(const Pass& pass, int64_t row, int64_t channe
 template <typename T, typename Pass>
 PREACT_INLINE void sweep_rows(const Pass& pass, int64_t begin, int64_t end, int64_t channels,
                               int64_t stride) {
-  const bool shared = channels * static_cast<int64_t>(sizeof(T)) <= kSharedBytes;
+  const int64_t bytes = channels * static_cast<int64_t>(sizeof(T));
   int64_t row = begin;
-  for (; shared && row + Pass::kRows <= end; row += Pass::kRows) {
+  for (; bytes <= kShortRow && row + Pass::kRows <= end; row += Pass::kRows) {
     sweep_some_rows<T, Pass::kRows>(pass, row, channels, stride);
+  }
+  for (; bytes <= kLongestShared && row + kLongRows <= end; row += kLongRows) {
+    sweep_some_rows<T, kLongRows>(pass, row, channels, stride);
   }
   for (; row < end; ++row) sweep_some_rows<T, 1>(pass, row, channels, stride);
 }
@@ -89,13 +96,13 @@ PREACT_INLINE void sweep_plane(const Pass& pass, int64_t first, int64_t length, 
   const int64_t end = first + length;
   int64_t i = first;
   for (; i + 4 * P::lanes <= end; i += 4 * P::lanes) {
-    pass.template element<P>(regs, i);
-    pass.template element<P>(second, i + P::lanes);
-    pass.template element<P>(third, i + 2 * P::lanes);
-    pass.template element<P>(fourth, i + 3 * P::lanes);
+    pass.template element<P>(regs, Offset{i, kAhead});
+    pass.template element<P>(second, Offset{i + P::lanes, kAhead});
+    pass.template element<P>(third, Offset{i + 2 * P::lanes, kAhead});
+    pass.template element<P>(fourth, Offset{i + 3 * P::lanes, kAhead});
   }
   pass.join(third, fourth);
-  for (; i + P::lanes <= end; i += P::lanes) pass.template element<P>(second, i);
+  for (; i + P::lanes <= end; i += P::lanes) pass.template element<P>(second, Offset{i, kAhead});
   if (i < end) pass.template element<P>(third, Rest{i, end - i});
   pass.join(regs, second);
   pass.join(regs, third);

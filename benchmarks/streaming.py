@@ -1,0 +1,176 @@
+"""``python -m benchmarks streaming``: the passes of the CPU beside ``copy_`` of the same maps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from preact import backends
+
+from . import hardware, timing
+from .records import Value, write_records
+from .report import wide_console
+
+__all__ = ["OPS", "map_shape", "measure", "streaming"]
+
+RESULTS = Path(__file__).parent / "results"
+EPS = 1e-5
+# Maps that each op reads or writes; a copy moves two.
+OPS = {"stats": 1, "apply": 2, "reduce": 2, "apply-backward": 4, "add+stats": 3}
+LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
+LEVELS = ("L3", "L2")
+_L2_SIZE = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
+
+
+def _l2_bytes() -> int:
+    """The second-level caches of the cores that PyTorch's threads run on, together."""
+    stated = _L2_SIZE.read_text().strip() if _L2_SIZE.exists() else "1024K"
+    return int(stated.removesuffix("K")) * 1024 * torch.get_num_threads()
+
+
+def map_shape(
+    level: str, maps: int, channels: int, size: int, dtype: torch.dtype
+) -> tuple[int, int, int, int]:
+    """Maps of twice the L2 caches each for "L3"; for "L2" all ``maps`` fill half of them.
+
+    More than half does not stay there: pages fall where the system puts them, some sets fill up.
+    """
+    wanted = 2 * _l2_bytes() if level == "L3" else _l2_bytes() // (2 * max(maps, 2))
+    image = channels * size * size * dtype.itemsize
+    return max(wanted // image, 1), channels, size, size
+
+
+def _calls(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: str
+) -> dict[str, Callable[[], None]]:
+    """A copy and every op on maps of one shape, as steps."""
+    torch.manual_seed(0)
+    x, grad, skip, target = (
+        torch.randn(shape).to(dtype).contiguous(memory_format=LAYOUTS[layout]) for _ in range(4)
+    )
+    ops = backends.table("cpp")
+    weight, bias = torch.rand(shape[1]) + 0.5, torch.randn(shape[1])
+    norm: tuple[Tensor, ...] = (torch.randn(shape[1]), torch.rand(shape[1]) + 0.5, weight, bias)
+    sums = (torch.randn(shape[1]), torch.randn(shape[1]))
+    # An overload is taken once: finding it again is no part of the op.
+    stats, apply = ops.batch_norm_stats.default, ops.batch_norm_relu.default
+    reduce = ops.batch_norm_relu_backward_reduce.default
+    backward, add = ops.batch_norm_relu_backward_apply.default, ops.identity_add.default
+    return {
+        "copy_": lambda: target.copy_(x),
+        "stats": lambda: stats(x),
+        "apply": lambda: apply(x, *norm, EPS),
+        "reduce": lambda: reduce(grad, x, *norm, EPS),
+        "apply-backward": lambda: backward(grad, x, *norm, *sums, skip, EPS),
+        "add+stats": lambda: add(x, skip),
+    }  # fmt: skip
+
+
+def measure(
+    op: str, dtype: torch.dtype, layout: str, level: str, channels: int, size: int, rounds: int
+) -> dict[str, Value]:
+    """One row: the op's bytes per second over those of ``copy_``, and what a call alone takes.
+
+    ``ratio`` counts each map that an op reads or writes once. ``call_us`` is the same op on a map
+    of one pixel: checks, allocation and the way into the op, no streaming. ``ratio_streaming``
+    leaves out what both calls cost.
+    """
+    shape = map_shape(level, OPS[op], channels, size, dtype)
+    every = _calls(shape, dtype, layout), _calls((1, channels, 1, 1), dtype, layout)
+    steps = {(name, i): every[i][name] for name in (op, "copy_") for i in range(2)}
+    found = timing.measure(steps, "cpu", rounds, 0.4, least_rounds=min(rounds, 5))
+    took = {key: timing.quantiles(s.seconds, 0.2, 0.8).median * 1e6 for key, s in found.items()}
+    scale = OPS[op] / 2
+    ratio = timing.paired(found["copy_", 0], found[op, 0])
+    streaming_us = {name: took[name, 0] - took[name, 1] for name in (op, "copy_")}
+    return {
+        "op": op,
+        "dtype": str(dtype).removeprefix("torch."),
+        "layout": layout,
+        "level": level,
+        "shape": "x".join(map(str, shape)),
+        "map_bytes": shape[0] * channels * size * size * dtype.itemsize,
+        "maps": OPS[op],
+        "us": took[op, 0],
+        "copy_us": took["copy_", 0],
+        "call_us": took[op, 1],
+        "copy_call_us": took["copy_", 1],
+        "ratio_q25": scale * ratio.low,
+        "ratio": scale * ratio.median,
+        "ratio_q75": scale * ratio.high,
+        "ratio_streaming": scale * streaming_us["copy_"] / streaming_us[op],
+    }
+
+
+def _chosen(context: click.Context, parameter: click.Parameter, value: str) -> list[str]:
+    known = {"dtypes": ["float32", "bfloat16"], "layouts": [*LAYOUTS], "levels": [*LEVELS]}
+    allowed = known[str(parameter.name)]
+    if set(value.split(",")) - set(allowed):
+        raise click.BadParameter(f"must be of {', '.join(allowed)}, got {value}")
+    return value.split(",")
+
+
+@click.command()
+@click.option("--dtypes", default="float32,bfloat16", show_default=True, callback=_chosen)
+@click.option("--layouts", default=",".join(LAYOUTS), show_default=True, callback=_chosen)
+@click.option("--levels", default=",".join(LEVELS), show_default=True, callback=_chosen)
+@click.option("--channels", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--size", type=click.IntRange(min=1), default=32, show_default=True, help="Pixels.")
+@click.option("--rounds", type=click.IntRange(min=1), default=15, show_default=True)
+@click.option(
+    "--output", type=click.Path(file_okay=False, path_type=Path), default=RESULTS,
+    help="Folder for the CSV file.  [benchmarks/results]",
+)  # fmt: skip
+def streaming(
+    dtypes: list[str],
+    layouts: list[str],
+    levels: list[str],
+    channels: int,
+    size: int,
+    rounds: int,
+    output: Path,
+) -> None:
+    """The CPU's passes against copy_ of the same maps, out of L3 and out of the cores' L2.
+
+    PREACT_CPU_CAPABILITY=avx2 measures the kernels for processors without AVX-512; the CSV is named
+    after the instruction set.
+    """
+    reason = backends.available("cpu")["cpp"]
+    if reason:
+        raise click.ClickException(f"no native kernels: {reason}")
+    kernels = backends.cpu_capability().replace("AMX", "AVX512")  # these passes have no tiles
+    hardware.retain_freed_memory()
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / f"streaming_{kernels.lower()}_{channels}x{size}.csv"
+    console = wide_console()
+    table = Table(
+        title=f"bytes per second over copy_'s, {kernels}, {channels} channels of {size} x {size}",
+        title_justify="left",
+    )
+    for heading in (
+        "op", "type", "layout", "out of", "map MiB", "us", "copy_ us", "a call us",
+        "ratio (IQR)", "without calls",
+    ):  # fmt: skip
+        table.add_column(heading)
+    rows: list[dict[str, Value]] = []
+    machine = hardware.describe(torch.device("cpu"), "retain")
+    for level in levels:
+        for dtype in dtypes:
+            for layout in layouts:
+                for op in OPS:
+                    row = measure(op, getattr(torch, dtype), layout, level, channels, size, rounds)
+                    rows.append({**row, "kernels": kernels, **machine})
+                    table.add_row(
+                        op, dtype, layout, level, f"{float(row['map_bytes']) / 2**20:.2f}",
+                        f"{row['us']:.1f}", f"{row['copy_us']:.1f}", f"{row['call_us']:.1f}",
+                        f"{row['ratio']:.2f} ({row['ratio_q25']:.2f}-{row['ratio_q75']:.2f})",
+                        f"{row['ratio_streaming']:.2f}",
+                    )  # fmt: skip
+                    write_records(path, rows)
+    console.print(table)
+    console.print(f"wrote {path}", soft_wrap=True)
