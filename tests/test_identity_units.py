@@ -30,18 +30,28 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def operands(dtype=torch.float32, weight_dtype=None, affine=True, own=True, units=1):
-    """Arguments of the forward for units of two layers, of 16 and 24 channels."""
+BASIC = ((16, 24, 3), (24, 16, 3))
+BOTTLENECK = ((32, 8, 1), (8, 8, 3), (8, 32, 1))
+WIDE_BOTTLENECK = ((80, 72, 1), (72, 72, 3), (72, 80, 1))
+
+
+def operands(
+    dtype=torch.float32, weight_dtype=None, affine=True, own=True, units=1, layers=BASIC, batch=4
+):
+    """Arguments of the forward for units of ``layers``: channels, outputs, size of the kernel."""
     torch.manual_seed(0)
-    x = torch.randn(4, 16, 6, 7).to(dtype).to(memory_format=torch.channels_last)
+    x = torch.randn(batch, layers[0][0], 6, 7).to(dtype).to(memory_format=torch.channels_last)
     mean, var = OPS.batch_norm_stats(x)
-    parameters = []
-    for c, out in [(16, 24), (24, 16)] * units:
+    parameters, geometries = [], []
+    for c, out, size in layers * units:
         known = (None, None) if own else (torch.randn(c), torch.rand(c) + 0.5)
         parameters += known if parameters else (mean, var)
         parameters += (torch.rand(c) + 0.5, torch.randn(c)) if affine else (None, None)
-        parameters.append(torch.randn(out, c, 3, 3).to(weight_dtype or dtype) / 12)
-    return x, parameters, [1e-5, 1e-3] * units, [1, 1, 1, 1, 1, 1, 1] * 2 * units, 2
+        weight = torch.randn(out, c, size, size) / (c * size * size) ** 0.5
+        parameters.append(weight.to(weight_dtype or dtype))
+        geometries += [1, 1, size // 2, size // 2, 1, 1, 1]
+    eps = [(1e-5, 1e-3)[index % 2] for index in range(len(layers) * units)]
+    return x, parameters, eps, geometries, len(layers)
 
 
 def backward_operands(**options):
@@ -65,13 +75,29 @@ CASES = {
     "two units": {"units": 2},
     "two units, autocast": {"units": 2, "dtype": torch.bfloat16, "weight_dtype": torch.float32},
     "two units, evaluation": {"units": 2, "own": False},
-}
+    # Of more pixels than a block has, the last block not whole.
+    "bottlenecks": {"units": 3, "layers": BOTTLENECK, "batch": 15},
+    "bottlenecks, plain": {"units": 2, "layers": BOTTLENECK, "affine": False},
+    "bottlenecks, evaluation": {"units": 2, "layers": BOTTLENECK, "own": False},
+    "bottlenecks, bfloat16": {
+        "units": 3, "layers": BOTTLENECK, "batch": 15, "dtype": torch.bfloat16,
+    },
+    "wide bottlenecks": {"units": 2, "layers": WIDE_BOTTLENECK},
+    "wide bottlenecks, bfloat16": {
+        "units": 2, "layers": WIDE_BOTTLENECK, "dtype": torch.bfloat16,
+    },
+}  # fmt: skip
 
 
 def doubled(value):
     if isinstance(value, torch.Tensor):
         return value.double()
     return [doubled(v) for v in value] if isinstance(value, list) else value
+
+
+def strides(tensor):
+    """Those that count."""
+    return [step for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
 
 
 @needs_native
@@ -86,8 +112,22 @@ def test_ops_equal_the_formulas(name, case):
     terms = max(float(result.abs().max()) for result in exact)
     for index, (ours, theirs, reference) in enumerate(zip(found, eager, exact, strict=True)):
         assert ours.dtype == theirs.dtype
-        assert ours.stride() == theirs.stride()
+        assert strides(ours) == strides(theirs)
         assert_as_good_as_eager(f"{name} {index}", ours, theirs, reference, terms)
+
+
+@pytest.mark.parametrize("layers", [BASIC, BOTTLENECK, WIDE_BOTTLENECK])
+@pytest.mark.parametrize("units", [1, 2, 3])
+@pytest.mark.parametrize("dense", [True, False])
+def test_the_gradient_that_comes_in_is_left_as_it_is(units, layers, dense):
+    grad_output, *others = backward_operands(units=units, layers=layers)
+    if not dense:
+        grad_output = grad_output.contiguous()
+    before = grad_output.clone()
+    first = OPS.residual_units_backward(grad_output, *others)
+    assert torch.equal(grad_output, before)
+    for ours, again in zip(first, OPS.residual_units_backward(grad_output, *others), strict=True):
+        assert torch.equal(ours, again)
 
 
 @pytest.mark.parametrize("name", list(preact.ops.COMPOSED))
@@ -216,12 +256,15 @@ class TestWhenItRuns:
             unit(x, (torch.zeros(3), torch.ones(3)))
 
 
-def stage_and_input(**options):
+def stage_and_input(layers="basic", **options):
     torch.manual_seed(2)
-    units = [preact.models.ResidualUnit(16, 16, **options) for _ in range(3)]
-    stage = preact.models.PreActStage(*units).to(memory_format=torch.channels_last)
-    x = torch.randn(4, 16, 8, 8).to(memory_format=torch.channels_last)
-    return stage, x.requires_grad_()
+    channels, inner = {"basic": (16, 16), "bottleneck": (32, 8)}[layers]
+    units = [
+        preact.models.ResidualUnit(channels, inner, layers=layers, **options) for _ in range(3)
+    ]
+    stage = preact.models.PreActStage(*units)
+    x = torch.randn(15, channels, 8, 8).to(memory_format=torch.channels_last)
+    return stage.to(memory_format=torch.channels_last), x.requires_grad_()
 
 
 def results(stage, x, **options):
@@ -238,9 +281,10 @@ def results(stage, x, **options):
 
 @needs_native
 class TestStage:
+    @pytest.mark.parametrize("layers", ["basic", "bottleneck"])
     @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-    def test_one_op_gives_what_one_by_one_gives(self, training):
-        stage, x = stage_and_input()
+    def test_one_op_gives_what_one_by_one_gives(self, training, layers):
+        stage, x = stage_and_input(layers)
         stage.train(training)
         state = {name: value.clone() for name, value in stage.state_dict().items()}
         steps = []

@@ -1,58 +1,85 @@
-// What the next block will read and write, fetched bit by bit while this one is computed: the
+// What the next block will read and write, fetched line by line among the work on this one: the
 // processor's prefetchers only follow what is being read, and a block ends before they are up to
-// speed. Included by kernels, per instruction set.
+// speed. A line among every few multiplications costs nothing, as many at once cost what they take
+// to come. Included by kernels, per instruction set.
 
 class Ahead {
  public:
   // `pixels` of `channels` elements each, `stride` elements apart; null is nothing.
   template <typename T>
-  void read(const T* from, int64_t pixels, int64_t channels, int64_t stride) {
-    if (from) add(reinterpret_cast<const char*>(from), pixels, channels, stride, sizeof(T), false);
-  }
-  template <typename T>
-  void write(const T* to, int64_t pixels, int64_t channels, int64_t stride) {
-    if (to) add(reinterpret_cast<const char*>(to), pixels, channels, stride, sizeof(T), true);
+  void add(const T* map, int64_t pixels, int64_t channels, int64_t stride) {
+    constexpr int64_t kSize = sizeof(T);
+    const int64_t bytes = pixels * channels * kSize;
+    if (!map || bytes_ + bytes > kMostBytes) return;
+    const char* const from = reinterpret_cast<const char*>(map);
+    const Run run = stride == channels ? Run{from, 1, 0, bytes}
+                                       : Run{from, pixels, stride * kSize, channels * kSize};
+    bytes_ += bytes;
+    lines_ += run.rows * ((run.length + kLine - 1) / kLine);
+    runs_[count_++] = run;
   }
 
-  // Part `part` of `parts`.
-  PREACT_INLINE void fetch(int64_t part, int64_t parts) const {
-    for (int i = 0; i < count_; ++i) {
-      const Stream& s = streams_[i];
-      const int64_t end = s.rows * (part + 1) / parts;
-      for (int64_t row = s.rows * part / parts; row < end; ++row) {
-        for (int64_t k = 0; k < s.length; k += kLine) {
-          if (s.write) {
-            __builtin_prefetch(s.from + row * s.pitch + k, 1, 2);
-          } else {
-            __builtin_prefetch(s.from + row * s.pitch + k, 0, 2);
-          }
-        }
-      }
+  // All of it is to be fetched among `work` to come, in the unit of take.
+  void spread(int64_t work) {
+    rate_ = work > 0 ? lines_ * kOne / work : 0;
+    if (count_ > 0) begin(runs_[0]);
+  }
+
+  // Lines whose turn it is.
+  struct Lines {
+    const char *at, *end;
+
+    // How many at each of `turns`; a few are left.
+    int64_t each(int64_t turns) const { return std::max<int64_t>((end - at) / (kLine * turns), 1); }
+    PREACT_INLINE void fetch(int64_t most) {
+      for (; at < end && most > 0; --most, at += kLine) __builtin_prefetch(at, 0, 2);
     }
+  };
+
+  // Those of `work` more.
+  PREACT_INLINE Lines take(int64_t work) {
+    due_ += work * rate_;
+    const char* const at = at_;
+    if (due_ < kOne || at == end_) return {at, at};
+    const char* const end = std::min(at + due_ / kOne * kLine, end_);
+    const int64_t taken = (end - at + kLine - 1) / kLine;
+    due_ -= taken * kOne;
+    at_ = end;
+    if (at_ == end_) next();
+    return {at, end};
+  }
+
+  // What is left of `lines` and everything else that is due.
+  PREACT_INLINE void fetch(Lines lines) {
+    for (; lines.at < lines.end; lines = take(0)) lines.fetch(kMostBytes);
   }
 
  private:
-  static constexpr int64_t kLine = 64;
+  static constexpr int64_t kLine = 64, kOne = 1 << 16;
   // More would push what this block works on out of a second-level cache.
-  static constexpr int64_t kMostBytes = 256 * 1024;
+  static constexpr int64_t kMostBytes = 512 * 1024;
 
-  struct Stream {
+  struct Run {
     const char* from;
     int64_t rows, pitch, length;  // in bytes
-    bool write;
   };
 
-  void add(const char* from, int64_t pixels, int64_t channels, int64_t stride, int64_t size,
-           bool write) {
-    const int64_t bytes = pixels * channels * size;
-    if (bytes_ + bytes > kMostBytes) return;
-    bytes_ += bytes;
-    streams_[count_++] = stride == channels
-                             ? Stream{from, (bytes + kLine - 1) / kLine, kLine, kLine, write}
-                             : Stream{from, pixels, stride * size, channels * size, write};
+  void begin(const Run& run) {
+    at_ = run.from;
+    end_ = run.from + run.length;
+  }
+  __attribute__((noinline)) void next() {
+    Run& run = runs_[first_];
+    if (--run.rows > 0) {
+      run.from += run.pitch;
+      begin(run);
+    } else if (++first_ < count_) {
+      begin(runs_[first_]);
+    }
   }
 
-  Stream streams_[6];
-  int count_ = 0;
-  int64_t bytes_ = 0;
+  Run runs_[8];
+  int count_ = 0, first_ = 0;
+  int64_t bytes_ = 0, lines_ = 0, rate_ = 0, due_ = 0;
+  const char *at_ = nullptr, *end_ = nullptr;
 };

@@ -159,11 +159,12 @@ void forward_blocks(const cpu::TileForward& task, BFloat16* staged, int64_t begi
     if (block + 1 < s.batch) {
       const int64_t in = s.in_h * s.in_w, out = s.out_h * s.out_w;
       const int64_t next = offset + out * task.output_stride;
-      ahead.read(source.map + in * task.input_stride, in, s.in_channels, task.input_stride);
-      ahead.read(task.residual ? task.residual + next : nullptr, out, s.out_channels,
-                 task.output_stride);
-      ahead.write(task.output + next, out, s.out_channels, task.output_stride);
+      ahead.add(source.map + in * task.input_stride, in, s.in_channels, task.input_stride);
+      ahead.add(task.residual ? task.residual + next : nullptr, out, s.out_channels,
+                task.output_stride);
+      ahead.add(task.output + next, out, s.out_channels, task.output_stride);
     }
+    ahead.spread(tile_work<NARROW>(task.gather, columns, s.out_channels));
     tile_map<NARROW>(task.gather, columns, s.stride_w, staged, task.staged, task.weights,
                      s.out_channels, s.out_w, task.output_stride, offset, epilogue, ahead);
     moments.add(s.out_h * columns);

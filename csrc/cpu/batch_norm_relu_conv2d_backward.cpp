@@ -3,15 +3,44 @@
 
 #include "cpu/conv2d_host.h"
 #include "cpu/conv2d_tiles_host.h"
+#include "cpu/ops.h"
 
 namespace preact::cpu {
 namespace {
+
+// The gradient of the result completed on the way, and computed again in `above` if it is to be.
+void complete(const UnitAfter& after, DirectAbove& above, DirectBackward& task) {
+  task.pending_skip = data<float>(after.grad_skip);
+  task.completed = mutable_data<float>(after.completed);
+  if (!after.again) return;
+  const UnitAfter::Again& again = *after.again;
+  Conv2dShape shape = task.blocks.shape;  // of the blocks, which pointwise convolutions share
+  shape.in_channels = shape.out_channels;
+  shape.out_channels = again.conv_weight.size(0);
+  above.staged_grad = stage_grad_output(shape);
+  above.gather = backward_gathers(shape, above.staged_grad)[0];
+  float* const weights = scratch(Slot::weights_above, packed_size(shape, 1));
+  pack_weights(data<float>(again.conv_weight), weight_strides(again.conv_weight), shape,
+               above.gather.kernel, true, weights);
+  above.weights = weights;
+  above.shift.assign(shape.in_channels, 0.0f);
+  if (again.bias) {
+    const Tensor bias = channel_vector(*again.bias, after.grad_skip, "bias");
+    std::copy_n(data<float>(bias), shape.in_channels, above.shift.data());
+  }
+  above.grad_output = data<float>(again.grad_output);
+  above.pending_input = data<float>(again.pending_input);
+  above.coefficients = data<float>(again.coefficients);
+  task.above = &above;
+  task.grad_output = nullptr;
+}
 
 // `task` says where the gradient of the input goes.
 void direct(DirectBackward task, const Tensor& grad_output, const Tensor& input,
             const Affine<float>& affine, const Tensor& conv_weight,
             const OptionalTensor& pending_input, const OptionalTensor& coefficients,
-            const Conv2dShape& shape, const ConvGradients& found) {
+            const std::optional<UnitAfter>& after, const Conv2dShape& shape,
+            const ConvGradients& found) {
   // A chunk's sums of a large weight cost more than its blocks are worth to another thread.
   constexpr int64_t kSmallWeight = 8192, kMostChunks = 64, kMostLargeChunks = 16;
   task.blocks = DirectBlocks::of(shape);
@@ -43,6 +72,8 @@ void direct(DirectBackward task, const Tensor& grad_output, const Tensor& input,
   task.coefficients = maybe_data(coefficients);
   task.input_stride = pixel_stride(input);
   task.output_stride = pixel_stride(grad_output);
+  DirectAbove above;
+  if (after) complete(*after, above, task);
 
   const BlockChunks chunks(blocks, size <= kSmallWeight ? kMostChunks : kMostLargeChunks);
   float* const sums = scratch(Slot::sums, chunks.count * size);
@@ -69,7 +100,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_conv2d_backward(
     const Tensor& grad_output, const Tensor& input, const Tensor& mean, const Tensor& var,
     const OptionalTensor& weight, const OptionalTensor& bias, double eps, const Tensor& conv_weight,
     const OptionalTensor& grad_activation, Pair stride, Pair padding, Pair dilation, int64_t groups,
-    const OptionalTensor& pending_input, const OptionalTensor& coefficients) {
+    const OptionalTensor& pending_input, const OptionalTensor& coefficients,
+    const std::optional<UnitAfter>& after, bool keeps_grad_z) {
   const Conv2dShape shape = conv2d_shape(input, conv_weight, {stride, padding, dilation, groups});
   const Tensor& result = pending_input ? *pending_input : grad_output;
   const bool tiled =
@@ -80,8 +112,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_conv2d_backward(
                             dilation, groups, pending_input, coefficients);
   }
   check_conv2d_backward(grad_output, input, shape, grad_activation, pending_input, coefficients);
-  const ConvGradients found{empty_like(input, MemoryFormat::ChannelsLast), empty_vector(input),
-                            empty_vector(input),
+  const ConvGradients found{keeps_grad_z ? empty_like(input, MemoryFormat::ChannelsLast) : Tensor(),
+                            empty_vector(input), empty_vector(input),
                             empty_like(conv_weight, memory_format_of(conv_weight))};
   const Affine<float> affine(input, mean, var, weight, bias, eps);
   const OptionalTensor activation = dense(grad_activation, MemoryFormat::ChannelsLast);
@@ -98,11 +130,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_conv2d_backward(
                    shape, found);
   } else {
     DirectBackward task{};
-    task.grad_z = mutable_data<float>(found.grad_z);
+    task.grad_z = keeps_grad_z ? mutable_data<float>(found.grad_z) : nullptr;
     task.grad_activation = maybe_data(activation);
-    direct(task, gradient, input, affine, conv_weight, following, rows, shape, found);
+    direct(task, gradient, input, affine, conv_weight, following, rows, after, shape, found);
   }
   return {found.grad_z, found.grad_weight, found.grad_bias, found.grad_conv_weight};
+}
+
+bool completes_gradient(const Tensor& input, const Tensor& conv_weight, const ConvArguments& conv) {
+  return is_direct(input, conv_weight, conv2d_shape(input, conv_weight, conv), conv.groups);
+}
+
+bool computes_again(const Tensor& input, const Tensor& conv_weight, const ConvArguments& conv) {
+  // Multiplications grow with the square of the channels, what they save with their number.
+  constexpr int64_t kMostChannels = 64;
+  return completes_gradient(input, conv_weight, conv) &&
+         is_pointwise(conv2d_shape(input, conv_weight, conv)) &&
+         std::min(conv_weight.size(0), conv_weight.size(1)) <= kMostChannels;
+}
+
+// The op.
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_conv2d_backward_op(
+    const Tensor& grad_output, const Tensor& input, const Tensor& mean, const Tensor& var,
+    const OptionalTensor& weight, const OptionalTensor& bias, double eps, const Tensor& conv_weight,
+    const OptionalTensor& grad_activation, Pair stride, Pair padding, Pair dilation, int64_t groups,
+    const OptionalTensor& pending_input, const OptionalTensor& coefficients) {
+  return batch_norm_relu_conv2d_backward(grad_output, input, mean, var, weight, bias, eps,
+                                         conv_weight, grad_activation, stride, padding, dilation,
+                                         groups, pending_input, coefficients);
 }
 
 // The same for some channels of a wider map: what grad_z contributes to their gradient is added to
@@ -142,7 +197,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_conv2d_backward_add(
     DirectBackward task{};
     task.grad_skip = data<float>(grad_skip);
     task.grad_input = mutable_data<float>(grad_input);
-    direct(task, grad_output, input, affine, conv_weight, pending_input, rows, shape, found);
+    direct(task, grad_output, input, affine, conv_weight, pending_input, rows, std::nullopt, shape,
+           found);
   }
   return {found.grad_weight, found.grad_bias, found.grad_conv_weight};
 }
@@ -151,7 +207,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_conv2d_backward_add(
 
 STABLE_TORCH_LIBRARY_IMPL(preact, CPU, m) {
   m.impl("batch_norm_relu_conv2d_backward",
-         TORCH_BOX(&preact::cpu::batch_norm_relu_conv2d_backward));
+         TORCH_BOX(&preact::cpu::batch_norm_relu_conv2d_backward_op));
   m.impl("batch_norm_relu_conv2d_backward_add",
          TORCH_BOX(&preact::cpu::batch_norm_relu_conv2d_backward_add));
 }

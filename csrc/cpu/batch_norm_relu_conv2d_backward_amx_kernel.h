@@ -202,21 +202,27 @@ void backward_blocks(const cpu::TileBackward& task, const BackwardBuffers& buffe
       const int64_t in = s.in_h * s.in_w, next = offset + in * task.input_stride;
       const int64_t out = s.out_h * s.out_w, out_next = out_offset + out * task.output_stride;
       const auto from = [](const auto* map, int64_t at) { return map ? map + at : nullptr; };
-      ahead.read(task.input + next, in, s.in_channels, task.input_stride);
-      ahead.read(from(task.grad_output, out_next), out, s.out_channels, task.output_stride);
-      ahead.read(from(task.wide_grad, out_next), out, s.out_channels, task.output_stride);
-      ahead.read(from(task.pending_input, out_next), out, s.out_channels, task.output_stride);
-      ahead.read(from(task.grad_activation, next), in, s.in_channels, task.input_stride);
-      ahead.read(from(task.skip, next), in, s.in_channels, task.input_stride);
-      ahead.read(from(task.narrow_skip, next), in, s.in_channels, task.input_stride);
-      if (task.grad_z) ahead.write(task.grad_z + next, in, s.in_channels, task.input_stride);
+      ahead.add(task.input + next, in, s.in_channels, task.input_stride);
+      ahead.add(from(task.grad_output, out_next), out, s.out_channels, task.output_stride);
+      ahead.add(from(task.wide_grad, out_next), out, s.out_channels, task.output_stride);
+      ahead.add(from(task.pending_input, out_next), out, s.out_channels, task.output_stride);
+      ahead.add(from(task.grad_activation, next), in, s.in_channels, task.input_stride);
+      ahead.add(from(task.skip, next), in, s.in_channels, task.input_stride);
+      ahead.add(from(task.narrow_skip, next), in, s.in_channels, task.input_stride);
+      if (task.grad_z) ahead.add(task.grad_z + next, in, s.in_channels, task.input_stride);
     }
+    int64_t work = 0;
+    for (const TileGather& phase : task.phases) {
+      const int64_t columns = s.stride_w == 1 ? in_columns : phase.gather.columns;
+      work += tile_work<NARROW>(phase, columns, s.in_channels);
+    }
+    ahead.spread(work);
     for (size_t i = 0; i < task.phases.size(); ++i) {
       const TileGather& phase = task.phases[i];
       // Only whole blocks have more than one phase.
       const int64_t columns = s.stride_w == 1 ? in_columns : phase.gather.columns;
       tile_map<NARROW>(phase, columns, 1, buffers.grad, layout, task.weights[i], s.in_channels,
-                       s.in_w, task.input_stride, offset, epilogue, i == 0 ? ahead : Ahead{});
+                       s.in_w, task.input_stride, offset, epilogue, ahead);
     }
     sums.add(s.in_h * in_columns);
 

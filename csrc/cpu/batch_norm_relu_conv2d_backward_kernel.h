@@ -27,6 +27,30 @@ struct PendingGradSource {
   }
 };
 
+// The same plus what came over the shortcut, written on the way. Where MASK, dz has yet to pass the
+// ReLU of the norm, whose scale and mean are the pending gradient's scale and centre.
+template <bool MASK>
+struct CompletedGradSource {
+  PendingGradSource pending;
+  const float* skip;
+  float* completed;
+  const float* shift;
+
+  template <typename P>
+  PREACT_INLINE typename P::reg value(int64_t i, int64_t c) const {
+    const auto centred = P::load(pending.input + i) - P::load(pending.centre + c);
+    auto dz = P::load(pending.dz + i);
+    if constexpr (MASK) {
+      dz = where_active(madd(centred, P::load(pending.scale + c), P::load(shift + c)), dz);
+    }
+    const auto grad = madd(P::load(pending.scale + c), dz,
+                           madd(P::load(pending.slope + c), centred, P::load(pending.offset + c))) +
+                      P::load(skip + i);
+    P::store(completed + i, grad);
+    return grad;
+  }
+};
+
 // The reduce pass over a gradient that lies where dz is to be: adds grad_activation, applies the
 // ReLU's mask and writes dz in place.
 template <bool Add>
@@ -80,6 +104,98 @@ void mask_rows(Pass pass, int64_t rows, int64_t channels, int64_t stride, float*
   }
 }
 
+// What the block after this one will read and write.
+inline Ahead block_after(const cpu::DirectBackward& task, int64_t block) {
+  const Conv2dShape& s = task.blocks.shape;
+  Ahead ahead;
+  if (block + 1 == s.batch) return ahead;
+  const int64_t in = s.in_h * s.in_w, out = s.out_h * s.out_w;
+  const auto add = [&](const float* map, int64_t pixels, int64_t channels, int64_t stride) {
+    ahead.add(map ? map + (block + 1) * pixels * stride : nullptr, pixels, channels, stride);
+  };
+  add(task.input, in, s.in_channels, task.input_stride);
+  for (const float* const map : {task.grad_output, task.pending_input, task.pending_skip}) {
+    add(map, out, s.out_channels, task.output_stride);
+  }
+  if (task.above) {
+    const int64_t channels = task.above->staged_grad.channels;
+    add(task.above->grad_output, out, channels, channels);
+    add(task.above->pending_input, out, channels, channels);
+  }
+  const float* const grad_z = task.grad_z;
+  for (const float* const map : {task.grad_activation, task.grad_skip, grad_z}) {
+    add(map, in, s.in_channels, task.input_stride);
+  }
+  return ahead;
+}
+
+// Multiplications of vectors that a block takes.
+inline int64_t block_work(const cpu::DirectBackward& task, int64_t in_columns,
+                          int64_t out_columns) {
+  const Conv2dShape& s = task.blocks.shape;
+  int64_t work = 0;
+  if (task.winograd) {
+    work += winograd_work(WinogradTiles::of(s.in_h, s.in_w), s.out_channels, s.in_channels);
+    work += winograd_work(WinogradTiles::of(s.out_h, s.out_w), s.in_channels, s.out_channels);
+  } else {
+    work += direct_work(task.gather, out_columns, s.in_channels, s.out_channels);
+  }
+  for (const Gather& phase : task.phases) {
+    const int64_t columns = s.stride_w == 1 ? in_columns : phase.columns;
+    work += direct_work(phase, columns, s.out_channels, s.in_channels);
+  }
+  if (task.above) {
+    const int64_t channels = task.above->staged_grad.channels;
+    work += direct_work(task.above->gather, out_columns, channels, s.out_channels);
+  }
+  return work;
+}
+
+// The gradient of the result of one block, as the kernels read it; staged_above is for that of the
+// convolution above.
+inline void stage_gradient(const cpu::DirectBackward& task, int64_t block, int64_t columns,
+                           float* staged, float* staged_above, Ahead& ahead) {
+  const Conv2dShape& s = task.blocks.shape;
+  const int64_t offset = block * s.out_h * s.out_w * task.output_stride;
+  const auto write = [&](const auto& source) {
+    stage(source, s.out_h, columns, task.output_stride, task.staged_grad, staged);
+  };
+  const float* const grad = task.grad_output ? task.grad_output + offset : nullptr;
+  if (!task.pending_input) {
+    write(GradSource{grad});
+    return;
+  }
+  const float* const rows = task.coefficients;
+  PendingGradSource pending{grad,
+                            task.pending_input + offset,
+                            rows,
+                            rows + s.out_channels,
+                            rows + 2 * s.out_channels,
+                            rows + 3 * s.out_channels};
+  if (!task.pending_skip) {
+    write(pending);
+    return;
+  }
+  const float* const skip = task.pending_skip + offset;
+  float* const completed = task.completed + offset;
+  if (!task.above) {
+    write(CompletedGradSource<false>{pending, skip, completed, nullptr});
+    return;
+  }
+  const cpu::DirectAbove& above = *task.above;
+  const int64_t channels = above.staged_grad.channels;
+  const int64_t at = block * s.out_h * s.out_w * channels;
+  const float* const of = above.coefficients;
+  stage(PendingGradSource{above.grad_output + at, above.pending_input + at, of, of + channels,
+                          of + 2 * channels, of + 3 * channels},
+        s.out_h, columns, channels, above.staged_grad, staged_above);
+  float* const dz = cpu::scratch(cpu::Slot::recomputed, s.out_h * s.out_w * s.out_channels);
+  direct_map<kBlock>(above.gather, columns, staged_above, above.staged_grad, above.weights,
+                     s.out_channels, s.out_w, s.out_channels, nullptr, nullptr, dz, ahead);
+  pending.dz = dz;
+  write(CompletedGradSource<true>{pending, skip, completed, above.shift.data()});
+}
+
 // Blocks [begin, end): gradients of the input, masked, with their sums in sum_dz and sum_dz_x [C],
 // either written or scaled and added to grad_skip, and of the weight, packed as the weights are, in
 // grad_weight.
@@ -90,6 +206,8 @@ void batch_norm_relu_conv2d_backward_part(const cpu::DirectBackward& task, int64
   const Conv2dShape& s = task.blocks.shape;
   float* const staged = cpu::staging(cpu::Slot::input, task.staged);
   float* const staged_grad = cpu::staging(cpu::Slot::grad_output, task.staged_grad);
+  float* const staged_above =
+      task.above ? cpu::staging(cpu::Slot::grad_above, task.above->staged_grad) : nullptr;
   const auto weight_gradient =
       s.stride_w == 1 ? &direct_weight_gradient<kBlock> : &direct_weight_gradient<2 * kBlock>;
   const ChannelAffine<float> affine{task.norm.mean, task.norm.scale, task.norm.shift};
@@ -108,36 +226,12 @@ void batch_norm_relu_conv2d_backward_part(const cpu::DirectBackward& task, int64
     const int64_t in_columns = task.blocks.columns(block, s.in_w);
     const int64_t out_columns = task.blocks.columns(block, s.out_w);
     const int64_t row = block * s.in_h * s.in_w, offset = row * task.input_stride;
-    const int64_t out_offset = block * s.out_h * s.out_w * task.output_stride;
     float* const grad_z = task.grad_z ? task.grad_z + offset : added;
     stage(ActivationSource{affine, task.input + offset}, s.in_h, in_columns, task.input_stride,
           task.staged, staged);
-    const float* const grad = task.grad_output + out_offset;
-    if (task.pending_input) {
-      const float* const rows = task.coefficients;
-      stage(PendingGradSource{grad, task.pending_input + out_offset, rows, rows + s.out_channels,
-                              rows + 2 * s.out_channels, rows + 3 * s.out_channels},
-            s.out_h, out_columns, task.output_stride, task.staged_grad, staged_grad);
-    } else {
-      stage(GradSource{grad}, s.out_h, out_columns, task.output_stride, task.staged_grad,
-            staged_grad);
-    }
-    Ahead ahead;
-    if (block + 1 < s.batch) {
-      const int64_t in = s.in_h * s.in_w, in_step = in * task.input_stride;
-      const int64_t out = s.out_h * s.out_w, out_step = out * task.output_stride;
-      const auto next = [](const float* map, int64_t at) { return map ? map + at : nullptr; };
-      ahead.read(task.input + offset + in_step, in, s.in_channels, task.input_stride);
-      ahead.read(grad + out_step, out, s.out_channels, task.output_stride);
-      ahead.read(next(task.pending_input, out_offset + out_step), out, s.out_channels,
-                 task.output_stride);
-      ahead.read(next(task.grad_activation, offset + in_step), in, s.in_channels,
-                 task.input_stride);
-      ahead.write(next(task.grad_z, offset + in_step), in, s.in_channels, task.input_stride);
-      if (!task.grad_z) {
-        ahead.write(task.grad_skip + offset + in_step, in, s.in_channels, task.input_stride);
-      }
-    }
+    Ahead ahead = block_after(task, block);
+    ahead.spread(block_work(task, in_columns, out_columns));
+    stage_gradient(task, block, out_columns, staged_grad, staged_above, ahead);
     if (task.winograd) {
       winograd_map(WinogradTiles::of(s.in_h, s.in_w), staged_grad, task.staged_grad,
                    task.weights[0], s.in_channels, task.input_stride, nullptr, nullptr, grad_z,
@@ -148,14 +242,15 @@ void batch_norm_relu_conv2d_backward_part(const cpu::DirectBackward& task, int64
       // Only whole blocks have more than one phase.
       const int64_t columns = s.stride_w == 1 ? in_columns : phase.columns;
       direct_map<kBlock>(phase, columns, staged_grad, task.staged_grad, task.weights[i],
-                         s.in_channels, s.in_w, task.input_stride, nullptr, nullptr, grad_z,
-                         i == 0 ? ahead : Ahead{});
+                         s.in_channels, s.in_w, task.input_stride, nullptr, nullptr, grad_z, ahead);
     }
     const int64_t rows = s.in_h * in_columns;
     const ReducePass<float> reduce{affine, grad_z, task.input + offset, nullptr, nullptr};
-    if (!task.grad_z) {
+    if (task.grad_skip) {
       mask_rows(AddPass{reduce, task.grad_skip + offset, task.grad_input + offset}, rows,
                 s.in_channels, task.input_stride, sums.data(), sum_dz, sum_dz_x);
+    } else if (!task.grad_z) {
+      mask_rows(reduce, rows, s.in_channels, task.input_stride, sums.data(), sum_dz, sum_dz_x);
     } else if (task.grad_activation) {
       mask_rows(MaskPass<true>{reduce, task.grad_activation + offset, grad_z}, rows, s.in_channels,
                 task.input_stride, sums.data(), sum_dz, sum_dz_x);
@@ -164,10 +259,11 @@ void batch_norm_relu_conv2d_backward_part(const cpu::DirectBackward& task, int64
                 sums.data(), sum_dz, sum_dz_x);
     }
     if (task.winograd) {
-      winograd_weight_gradient(tiles, staged, task.staged, staged_grad, task.staged_grad, gradient);
+      winograd_weight_gradient(tiles, staged, task.staged, staged_grad, task.staged_grad, gradient,
+                               ahead);
     } else {
       weight_gradient(task.gather, out_columns, staged, task.staged, staged_grad, task.staged_grad,
-                      gradient);
+                      gradient, ahead);
     }
   }
   if (task.winograd) cpu::transform_weight_gradient(gradient, s, grad_weight);

@@ -25,15 +25,17 @@ void batch_norm_relu_conv2d_part(const cpu::DirectForward& task, int64_t begin, 
     if (block + 1 < shape.batch) {
       const int64_t in = shape.in_h * shape.in_w, out = shape.out_h * shape.out_w;
       const int64_t channels = shape.out_channels, step = out * task.output_stride;
-      ahead.read(input + in * task.input_stride, in, shape.in_channels, task.input_stride);
-      ahead.read(residual ? residual + step : nullptr, out, channels, task.output_stride);
-      ahead.write(task.output + offset + step, out, channels, task.output_stride);
+      ahead.add(input + in * task.input_stride, in, shape.in_channels, task.input_stride);
+      ahead.add(residual ? residual + step : nullptr, out, channels, task.output_stride);
+      ahead.add(task.output + offset + step, out, channels, task.output_stride);
     }
     if (task.winograd) {
-      winograd_map(WinogradTiles::of(shape.out_h, shape.out_w), staged, task.staged, task.weights,
-                   shape.out_channels, task.output_stride, task.bias, residual,
-                   task.output + offset, ahead);
+      const WinogradTiles tiles = WinogradTiles::of(shape.out_h, shape.out_w);
+      ahead.spread(winograd_work(tiles, shape.in_channels, shape.out_channels));
+      winograd_map(tiles, staged, task.staged, task.weights, shape.out_channels, task.output_stride,
+                   task.bias, residual, task.output + offset, ahead);
     } else {
+      ahead.spread(direct_work(task.gather, columns, shape.in_channels, shape.out_channels));
       map(task.gather, columns, staged, task.staged, task.weights, shape.out_channels, shape.out_w,
           task.output_stride, task.bias, residual, task.output + offset, ahead);
     }

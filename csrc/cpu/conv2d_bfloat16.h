@@ -79,8 +79,7 @@ inline int64_t weight_sums(const Conv2dShape& s) {
 // Where this holds the groups are [inputs][outputs], each [outputs][inputs] within: of a pointwise
 // convolution, whose pixels no tap shifts, the narrower map is the one to be turned.
 inline bool turns_gradient(const Conv2dShape& s) {
-  return s.taps() == 1 && s.stride_h == 1 && s.stride_w == 1 && s.padding_h == 0 &&
-         s.padding_w == 0 && !is_narrow(s.in_channels) && !is_narrow(s.out_channels) &&
+  return is_pointwise(s) && !is_narrow(s.in_channels) && !is_narrow(s.out_channels) &&
          padded(s.in_channels) >= padded(s.out_channels);
 }
 template <typename W>

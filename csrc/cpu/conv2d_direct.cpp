@@ -90,9 +90,7 @@ DirectBlocks DirectBlocks::of(const Conv2dShape& shape) {
   // A block of a pointwise convolution: its pixels of one group of channels fit the first-level
   // cache, and are a multiple of every tile's width where there are many.
   constexpr int64_t kPixels = 256, kFew = 16;
-  const bool pointwise = shape.taps() == 1 && shape.stride_h == 1 && shape.stride_w == 1 &&
-                         shape.padding_h == 0 && shape.padding_w == 0;
-  if (!pointwise) return {shape, 0};
+  if (!is_pointwise(shape)) return {shape, 0};
   const int64_t pixels = shape.batch * shape.in_h * shape.in_w;
   Conv2dShape flat = shape;
   flat.batch = (pixels + kPixels - 1) / kPixels;

@@ -46,6 +46,12 @@ Gather forward_gather(const Conv2dShape& shape, const Staged& input);
 Staged stage_grad_output(const Conv2dShape& shape);
 std::vector<Gather> backward_gathers(const Conv2dShape& shape, const Staged& grad_output);
 
+// A matrix product of each pixel.
+inline bool is_pointwise(const Conv2dShape& s) {
+  return s.taps() == 1 && s.stride_h == 1 && s.stride_w == 1 && s.padding_h == 0 &&
+         s.padding_w == 0;
+}
+
 // What is worked on at a time, staged, convolved and reduced while it is in the cache: an image, or
 // for a pointwise convolution a run of pixels. `shape` is that of the blocks, its batch their
 // count.
@@ -88,6 +94,9 @@ enum class Slot {
   transformed,
   products,
   gradient,
+  weights_above,
+  grad_above,
+  recomputed,
   count
 };
 float* scratch(Slot slot, int64_t size);
@@ -127,6 +136,16 @@ struct DirectForward {
   int64_t input_stride, output_stride;  // between pixels; residual's is the output's
 };
 
+// The first convolution of the unit above, pointwise: its input's gradient is computed again where
+// the unit below takes it, block by block, as that is cheaper than to write and read it.
+struct DirectAbove {
+  Staged staged_grad;
+  Gather gather;
+  const float* weights;
+  std::vector<float> shift;                                 // of the norm before it
+  const float *grad_output, *pending_input, *coefficients;  // as of DirectBackward
+};
+
 struct DirectBackward {
   DirectBlocks blocks;
   Staged staged, staged_grad;
@@ -137,12 +156,15 @@ struct DirectBackward {
   const float *input, *grad_output, *grad_activation;
   const float* pending_input;  // null where grad_output is the gradient itself
   const float* coefficients;   // [4, O]: scale, slope, centre, offset
-  float* grad_z;               // null where scale * grad_z is added to grad_skip instead:
-  const float* grad_skip;
-  float* grad_input;      // their sum; may be grad_skip
-  int64_t input_stride;   // between pixels of input and all gradients like it
-  int64_t output_stride;  // between pixels of grad_output and pending_input
-  bool winograd;          // then the weights are transformed, of one phase
+  const float* pending_skip;   // added to a pending gradient, or null
+  float* completed;            // their sum; may be grad_output or pending_skip
+  const DirectAbove* above;    // computes grad_output, or null
+  float* grad_z;               // null where only its sums are wanted, or where
+  const float* grad_skip;      // scale * grad_z is added to this instead:
+  float* grad_input;           // their sum; may be grad_skip
+  int64_t input_stride;        // between pixels of input and all gradients like it
+  int64_t output_stride;       // between pixels of grad_output and pending_input
+  bool winograd;               // then the weights are transformed, of one phase
 };
 
 // A stride that is 1 or 2 in both directions is what the tiles are compiled for.

@@ -66,7 +66,7 @@ PREACT_INLINE void store_pixel(const FloatVector* sums, const TileOutput& out, i
 
 template <int PIXELS, int VECTORS, int STEP>
 __attribute__((noinline)) void direct_tile(const float* input, const TileInput& in,
-                                           const TileOutput& out, int64_t pixel) {
+                                           const TileOutput& out, int64_t pixel, Ahead& ahead) {
   using P = Pack<float>;
   FloatVector sums[PIXELS][VECTORS];
 #pragma GCC unroll 16
@@ -78,8 +78,11 @@ __attribute__((noinline)) void direct_tile(const float* input, const TileInput& 
   for (int64_t block = 0; block < in.blocks; ++block, input += in.block_stride) {
     for (int64_t t = 0; t < in.tap_count; ++t) {
       const float* const values = input + in.taps[t];
+      Ahead::Lines lines = ahead.take(PIXELS * VECTORS * kBlock);
+      const int64_t each = lines.each(kBlock);
 #pragma GCC unroll 2
       for (int c = 0; c < kBlock; ++c, weights += kBlock) {
+        lines.fetch(each);
         FloatVector factors[VECTORS];
 #pragma GCC unroll 2
         for (int v = 0; v < VECTORS; ++v)
@@ -91,6 +94,7 @@ __attribute__((noinline)) void direct_tile(const float* input, const TileInput& 
           for (int v = 0; v < VECTORS; ++v) sums[p][v] = madd(value, factors[v], sums[p][v]);
         }
       }
+      ahead.fetch(lines);
     }
   }
   if (out.lanes == VECTORS * P::lanes && !out.bias && !out.residual) {
@@ -134,15 +138,15 @@ constexpr int kMostSums = 12;  // of 16 registers
 
 template <int VECTORS, int STEP>
 PREACT_INLINE void direct_row(const float* input, const TileInput& in, const TileOutput& out,
-                              int64_t pixels) {
+                              int64_t pixels, Ahead& ahead) {
   for (int64_t pixel = 0; pixel < pixels;) {
     const int width = tile_width<VECTORS>(pixels - pixel);
     switch (width) {
-#define PREACT_TILE(WIDTH)                                                     \
-  case WIDTH:                                                                  \
-    if constexpr (WIDTH * VECTORS <= kMostSums) {                              \
-      direct_tile<WIDTH, VECTORS, STEP>(input + pixel * STEP, in, out, pixel); \
-    }                                                                          \
+#define PREACT_TILE(WIDTH)                                                            \
+  case WIDTH:                                                                         \
+    if constexpr (WIDTH * VECTORS <= kMostSums) {                                     \
+      direct_tile<WIDTH, VECTORS, STEP>(input + pixel * STEP, in, out, pixel, ahead); \
+    }                                                                                 \
     break;
       PREACT_TILE_WIDTHS(PREACT_TILE)
 #undef PREACT_TILE
@@ -153,19 +157,22 @@ PREACT_INLINE void direct_row(const float* input, const TileInput& in, const Til
 
 #undef PREACT_TILE_WIDTHS
 
+// Multiplications of vectors that direct_map takes for these, and the gradient of the weight too.
+inline int64_t direct_work(const Gather& gather, int64_t columns, int64_t in_channels,
+                           int64_t channels) {
+  constexpr int64_t kLanes = Pack<float>::lanes;
+  return gather.rows * columns * static_cast<int64_t>(gather.taps.size()) *
+         cpu::blocks_of(in_channels) * kBlock * ((channels + kLanes - 1) / kLanes);
+}
+
 // All outputs of a gather, columns limited to `columns`: [row][column][channels] from `output` on,
 // `width` columns in a row of the map, `stride` floats between them. `residual` is like output,
 // bias [channels]; both may be null.
 template <int STEP>
 void direct_map(const Gather& gather, int64_t columns, const float* staged, const Staged& layout,
                 const float* weights, int64_t channels, int64_t width, int64_t stride,
-                const float* bias, const float* residual, float* output, const Ahead& ahead) {
+                const float* bias, const float* residual, float* output, Ahead& ahead) {
   constexpr int64_t kLanes = Pack<float>::lanes;
-  // Columns between two looks ahead, two or more of the widest tiles.
-  constexpr int64_t kRun = PREACT_VECTOR_BYTES == 64 ? 28 : 24;
-  const int64_t runs = (columns + kRun - 1) / kRun;
-  const int64_t parts = (channels + 2 * kLanes - 1) / (2 * kLanes) * gather.rows * runs;
-  int64_t part = 0;
   const auto taps = static_cast<int64_t>(gather.taps.size());
   const int64_t blocks = cpu::blocks_of(layout.channels);
   const int64_t panel = blocks * taps * kBlock * kBlock;
@@ -183,16 +190,12 @@ void direct_map(const Gather& gather, int64_t columns, const float* staged, cons
       const int64_t offset =
           ((gather.first_y + y * gather.step_y) * width + gather.first_x) * stride + c;
       const float* const row = staged + y * gather.input_step_y * layout.columns * kBlock;
-      for (int64_t x = 0; x < columns; x += kRun, ++part) {
-        ahead.fetch(part, parts);
-        const int64_t at = offset + x * gather.step_x * stride;
-        const TileOutput out{output + at, gather.step_x * stride, lanes, bias ? bias + c : nullptr,
-                             residual ? residual + at : nullptr};
-        if (pair) {
-          direct_row<2, STEP>(row + x * STEP, in, out, std::min(kRun, columns - x));
-        } else {
-          direct_row<1, STEP>(row + x * STEP, in, out, std::min(kRun, columns - x));
-        }
+      const TileOutput out{output + offset, gather.step_x * stride, lanes,
+                           bias ? bias + c : nullptr, residual ? residual + offset : nullptr};
+      if (pair) {
+        direct_row<2, STEP>(row, in, out, columns, ahead);
+      } else {
+        direct_row<1, STEP>(row, in, out, columns, ahead);
       }
     }
     c += group;
@@ -206,8 +209,10 @@ template <int INPUTS, int VECTORS, int STEP>
 __attribute__((noinline)) void direct_weight_tile(const float* input, int64_t input_row,
                                                   const float* grad, int64_t grad_row,
                                                   int64_t grad_block, int64_t rows, int64_t columns,
-                                                  float* sums, int64_t panel) {
+                                                  float* sums, int64_t panel, Ahead& ahead) {
   using P = Pack<float>;
+  Ahead::Lines lines = ahead.take(INPUTS * VECTORS * rows * columns);
+  const int64_t each = lines.each(rows * columns);
   FloatVector tile[INPUTS][VECTORS];
 #pragma GCC unroll 16
   for (int c = 0; c < INPUTS; ++c) {
@@ -218,6 +223,7 @@ __attribute__((noinline)) void direct_weight_tile(const float* input, int64_t in
     const float* values = input;
     const float* g = grad;
     for (int64_t x = 0; x < columns; ++x, values += STEP, g += kBlock) {
+      lines.fetch(each);
       FloatVector factors[VECTORS];
 #pragma GCC unroll 2
       for (int v = 0; v < VECTORS; ++v) factors[v] = P::load(g + lane_offset<P>(v, grad_block));
@@ -229,6 +235,7 @@ __attribute__((noinline)) void direct_weight_tile(const float* input, int64_t in
       }
     }
   }
+  ahead.fetch(lines);
 #pragma GCC unroll 16
   for (int c = 0; c < INPUTS; ++c) {
 #pragma GCC unroll 2
@@ -242,12 +249,12 @@ __attribute__((noinline)) void direct_weight_tile(const float* input, int64_t in
 template <int VECTORS, int STEP>
 PREACT_INLINE void direct_weight_block(const float* input, int64_t input_row, const float* grad,
                                        int64_t grad_row, int64_t grad_block, int64_t rows,
-                                       int64_t columns, float* sums, int64_t panel) {
+                                       int64_t columns, float* sums, int64_t panel, Ahead& ahead) {
   constexpr int kInputs = PREACT_VECTOR_BYTES == 64 ? (VECTORS == 2 ? 8 : 16) : 4;
 #pragma GCC unroll 1
   for (int c = 0; c < kBlock; c += kInputs) {
     direct_weight_tile<kInputs, VECTORS, STEP>(input + c, input_row, grad, grad_row, grad_block,
-                                               rows, columns, sums + c * kBlock, panel);
+                                               rows, columns, sums + c * kBlock, panel, ahead);
   }
 }
 
@@ -256,7 +263,7 @@ PREACT_INLINE void direct_weight_block(const float* input, int64_t input_row, co
 template <int STEP>
 void direct_weight_gradient(const Gather& gather, int64_t columns, const float* input,
                             const Staged& input_layout, const float* grad,
-                            const Staged& grad_layout, float* sums) {
+                            const Staged& grad_layout, float* sums, Ahead& ahead) {
   constexpr int64_t kLanes = Pack<float>::lanes, kBandFloats = 6144;
   const auto taps = static_cast<int64_t>(gather.taps.size());
   const int64_t in_blocks = cpu::blocks_of(input_layout.channels);
@@ -277,10 +284,10 @@ void direct_weight_gradient(const Gather& gather, int64_t columns, const float* 
               input + b * input_layout.block_stride() + y * input_row + gather.taps[t];
           if (pair) {
             direct_weight_block<2, STEP>(values, input_row, g, grad_row, grad_layout.block_stride(),
-                                         rows, columns, group, panel);
+                                         rows, columns, group, panel, ahead);
           } else {
             direct_weight_block<1, STEP>(values, input_row, g, grad_row, grad_layout.block_stride(),
-                                         rows, columns, group, panel);
+                                         rows, columns, group, panel, ahead);
           }
         }
       }
@@ -292,23 +299,26 @@ void direct_weight_gradient(const Gather& gather, int64_t columns, const float* 
 // Writes a map [height][width][channels], `stride` elements between pixels, into a staged one, each
 // value as Source gives it: value<P>(i, c) for the elements from offset i on, channels from c on.
 template <typename Source>
-void stage(const Source& source, int64_t height, int64_t width, int64_t stride,
-           const Staged& layout, float* staged) {
+void stage(const Source source, int64_t height, int64_t width, int64_t stride, const Staged& layout,
+           float* staged) {
   using P = Pack<float>;
   using S = Single<float>;
   const int64_t channels = layout.channels, block_stride = layout.block_stride();
   for (int64_t y = 0; y < height; ++y) {
     for (int64_t x = 0; x < width; ++x) {
       const int64_t from = (y * width + x) * stride;
-      float* const to = staged + layout.origin() + (y * layout.columns + x) * kBlock;
+      float* to = staged + layout.origin() + (y * layout.columns + x) * kBlock;
       int64_t c = 0;
-      for (; c + P::lanes <= channels; c += P::lanes) {
-        P::store(to + c / kBlock * block_stride + c % kBlock,
-                 source.template value<P>(from + c, c));
+      for (; c + kBlock <= channels; c += kBlock, to += block_stride) {
+#pragma GCC unroll 4
+        for (int64_t lane = 0; lane < kBlock; lane += P::lanes) {
+          P::store(to + lane, source.template value<P>(from + c + lane, c + lane));
+        }
       }
-      for (; c < channels; ++c) {
-        to[c / kBlock * block_stride + c % kBlock] = source.template value<S>(from + c, c);
+      for (; c + P::lanes <= channels; c += P::lanes, to += P::lanes) {
+        P::store(to, source.template value<P>(from + c, c));
       }
+      for (; c < channels; ++c, ++to) *to = source.template value<S>(from + c, c);
     }
   }
 }

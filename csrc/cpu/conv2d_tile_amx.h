@@ -131,24 +131,30 @@ struct TileOutput {
   __mmask32 lanes;                 // channels that exist
 };
 
+// Groups of tiles that tile_map takes for these.
+template <bool NARROW>
+int64_t tile_work(const TileGather& tiled, int64_t columns, int64_t channels) {
+  constexpr int kTiles = NARROW ? 4 : 2;
+  const int64_t most = tile_pixels(tiled.gather.columns), in_row = (columns + most - 1) / most;
+  return (channels + 31) / 32 * ((tiled.gather.rows * in_row + kTiles - 1) / kTiles);
+}
+
 // All outputs of a gather, columns limited to `columns`, handed to epilogue(sums, output), which
 // counts elements from `offset` on, `pixel` from one pixel of the map to the next.
 template <bool NARROW, typename Epilogue>
 void tile_map(const TileGather& tiled, int64_t columns, int64_t step, const BFloat16* staged,
               const Staged& layout, const BFloat16* weights, int64_t channels, int64_t width,
-              int64_t pixel, int64_t offset, const Epilogue& epilogue, const Ahead& ahead) {
+              int64_t pixel, int64_t offset, const Epilogue& epilogue, Ahead& ahead) {
   constexpr int kTiles = NARROW ? 4 : 2, kSums = NARROW ? 256 : 512;
   const cpu::Gather& gather = tiled.gather;
   const auto steps = static_cast<int64_t>(tiled.steps.size());
   const int64_t most = tile_pixels(gather.columns), in_row = (columns + most - 1) / most;
   const int64_t in_channels = cpu::padded(layout.channels), total = gather.rows * in_row;
-  const int64_t parts = (channels + 31) / 32 * ((total + kTiles - 1) / kTiles);
-  int64_t part = 0;
   alignas(64) float sums[1024];
   tile_configure(TileConfig(static_cast<int>(most), NARROW));
   for (int64_t c = 0; c < channels; c += 32, weights += steps * (NARROW ? 1 : 2) * kTile) {
-    for (int64_t first = 0; first < total; first += kTiles, ++part) {
-      ahead.fetch(part, parts);
+    for (int64_t first = 0; first < total; first += kTiles) {
+      ahead.fetch(ahead.take(1));
       const BFloat16* pixels[kTiles];
       TileOutput outputs[kTiles];
       for (int i = 0; i < kTiles; ++i) {

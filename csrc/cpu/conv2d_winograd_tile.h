@@ -79,17 +79,21 @@ inline __attribute__((noinline)) void winograd_grad_output(const float* grad, co
   }
 }
 
-// The products of every position: [position][tile][channels padded to whole blocks]. This is run
-// `run` of `runs`, between which what lies ahead is fetched.
+// Multiplications of vectors that winograd_map takes for these, and the gradient of the weight too.
+inline int64_t winograd_work(const WinogradTiles& map, int64_t in_channels, int64_t channels) {
+  constexpr int64_t kLanes = Pack<float>::lanes;
+  return kPositions * map.rows * map.columns * cpu::blocks_of(in_channels) * kBlock *
+         ((channels + kLanes - 1) / kLanes);
+}
+
+// The products of every position: [position][tile][channels padded to whole blocks].
 inline void winograd_products(const float* transformed, int64_t tiles, int64_t in_channels,
-                              const float* weights, int64_t channels, float* sums,
-                              const Ahead& ahead, int64_t run, int64_t runs) {
+                              const float* weights, int64_t channels, float* sums, Ahead& ahead) {
   constexpr int64_t kLanes = Pack<float>::lanes;
   static constexpr int64_t kNoTap[] = {0};
   const int64_t blocks = cpu::blocks_of(in_channels), width = cpu::blocks_of(channels) * kBlock;
   const int64_t panel = blocks * kBlock * kBlock;
   for (int64_t p = 0; p < kPositions; ++p) {
-    ahead.fetch(run * kPositions + p, runs * kPositions);
     const float* const input = transformed + p * cpu::position_stride(tiles, in_channels);
     float* const output = sums + p * cpu::position_stride(tiles, channels);
     const float* const position_weights = weights + p * blocks * kBlock * width;
@@ -104,9 +108,9 @@ inline void winograd_products(const float* transformed, int64_t tiles, int64_t i
                          tiles * kBlock};
       const TileOutput out{output + c, width, group, nullptr, nullptr};
       if (pair) {
-        direct_row<2, kBlock>(input, in, out, tiles);
+        direct_row<2, kBlock>(input, in, out, tiles, ahead);
       } else {
-        direct_row<1, kBlock>(input, in, out, tiles);
+        direct_row<1, kBlock>(input, in, out, tiles, ahead);
       }
       c += group;
     }
@@ -152,9 +156,8 @@ inline __attribute__((noinline)) void winograd_output(const float* sums, const W
 // output, bias [channels]; both may be null.
 inline void winograd_map(const WinogradTiles& map, const float* staged, const Staged& layout,
                          const float* weights, int64_t channels, int64_t stride, const float* bias,
-                         const float* residual, float* output, const Ahead& ahead) {
+                         const float* residual, float* output, Ahead& ahead) {
   const int64_t most = map.at_once();
-  const int64_t runs = (map.rows + map.rows_at_once() - 1) / map.rows_at_once();
   float* const transformed = cpu::scratch(cpu::Slot::transformed,
                                           kPositions * cpu::position_stride(most, layout.channels));
   float* const sums =
@@ -164,7 +167,7 @@ inline void winograd_map(const WinogradTiles& map, const float* staged, const St
     winograd_input(staged + 2 * row * layout.columns * kBlock, layout, rows, map.columns,
                    transformed);
     winograd_products(transformed, rows * map.columns, layout.channels, weights, channels, sums,
-                      ahead, row / map.rows_at_once(), runs);
+                      ahead);
     winograd_output(sums, map, row, rows, channels, stride, bias, residual, output);
   }
 }
@@ -172,7 +175,7 @@ inline void winograd_map(const WinogradTiles& map, const float* staged, const St
 // Adds the gradient of the transformed weights of one image to sums.
 inline void winograd_weight_gradient(const WinogradTiles& map, const float* input,
                                      const Staged& input_layout, const float* grad,
-                                     const Staged& grad_layout, float* sums) {
+                                     const Staged& grad_layout, float* sums, Ahead& ahead) {
   constexpr int64_t kLanes = Pack<float>::lanes;
   const int64_t most = map.at_once();
   const int64_t in_blocks = cpu::blocks_of(input_layout.channels);
@@ -200,9 +203,9 @@ inline void winograd_weight_gradient(const WinogradTiles& map, const float* inpu
           float* const group =
               sums + p * all + o / kBlock * panel + b * kBlock * kBlock + o % kBlock;
           if (pair) {
-            direct_weight_block<2, kBlock>(values, 0, g, 0, block, 1, tiles, group, panel);
+            direct_weight_block<2, kBlock>(values, 0, g, 0, block, 1, tiles, group, panel, ahead);
           } else {
-            direct_weight_block<1, kBlock>(values, 0, g, 0, block, 1, tiles, group, panel);
+            direct_weight_block<1, kBlock>(values, 0, g, 0, block, 1, tiles, group, panel, ahead);
           }
           o += pair ? 2 * kLanes : kLanes;
         }

@@ -12,7 +12,7 @@ namespace {
 // Layers of two norms and two convolutions, and where each layer's features begin.
 struct Block {
   std::vector<Layer> halves;
-  std::vector<Geometry> geometries;
+  std::vector<ConvArguments> geometries;
   std::vector<int64_t> starts;
 
   Block(const std::vector<OptionalTensor>& parameters, const std::vector<double>& eps,
@@ -143,7 +143,7 @@ std::vector<Tensor> dense_block(const Tensor& input, std::vector<OptionalTensor>
   std::vector<Tensor> statistics, bottlenecks;
   for (size_t i = 0; i < block.layers(); ++i) {
     const Layer &norm = block.halves[2 * i], &next = block.halves[2 * i + 1];
-    const Geometry &conv = block.geometries[2 * i], &next_conv = block.geometries[2 * i + 1];
+    const ConvArguments &conv = block.geometries[2 * i], &next_conv = block.geometries[2 * i + 1];
     const int64_t read = block.starts[i];
     const Tensor bottleneck = map_of(norm.conv_weight.size(0));
     const auto [inner_mean, inner_var] = batch_norm_relu_conv2d_into(
@@ -190,7 +190,7 @@ std::vector<Tensor> dense_block_backward(const Tensor& grad_output, std::vector<
   std::vector<Tensor> results(1 + 3 * block.halves.size());
   for (size_t i = block.layers(); i-- > 0;) {
     const Layer &norm = block.halves[2 * i], &next = block.halves[2 * i + 1];
-    const Geometry &conv = block.geometries[2 * i], &next_conv = block.geometries[2 * i + 1];
+    const ConvArguments &conv = block.geometries[2 * i], &next_conv = block.geometries[2 * i + 1];
     const int64_t read = block.starts[i], growth = block.growth(i);
     const Tensor& bottleneck = bottlenecks[i];
     const bool pending = deferred.any() || source.scalar_type() != features.scalar_type();

@@ -29,16 +29,12 @@ inline std::vector<Layer> layers_of(const std::vector<OptionalTensor>& parameter
   return layers;
 }
 
-struct Geometry {
-  Pair stride, padding, dilation;
-  int64_t groups;
-};
-
-inline std::vector<Geometry> geometries_of(const std::vector<int64_t>& numbers, size_t layers) {
+inline std::vector<ConvArguments> geometries_of(const std::vector<int64_t>& numbers,
+                                                size_t layers) {
   constexpr size_t kNumbers = 7;
   STD_TORCH_CHECK(numbers.size() == kNumbers * layers, "geometries must hold ", kNumbers,
                   " numbers for each layer");
-  std::vector<Geometry> found;
+  std::vector<ConvArguments> found;
   for (size_t i = 0; i < layers; ++i) {
     const int64_t* const of = numbers.data() + kNumbers * i;
     found.push_back({{of[0], of[1]}, {of[2], of[3]}, {of[4], of[5]}, of[6]});

@@ -24,7 +24,7 @@ std::vector<Tensor> residual_units(const Tensor& input, std::vector<OptionalTens
                                    std::vector<double> eps, std::vector<int64_t> geometries,
                                    int64_t depth) {
   const std::vector<Layer> layers = unit_layers_of(parameters, eps, depth);
-  const std::vector<Geometry> of = geometries_of(geometries, layers.size());
+  const std::vector<ConvArguments> of = geometries_of(geometries, layers.size());
   STD_TORCH_CHECK(layers[0].mean && layers[0].var, "the first norm's mean and var must be given");
   std::vector<Tensor> inner;
   Tensor shortcut = input, x = input, mean = *layers[0].mean, var = *layers[0].var;
@@ -54,24 +54,43 @@ std::vector<Tensor> residual_units_backward(const Tensor& grad_output, std::vect
                                             std::vector<int64_t> batch_stats,
                                             std::vector<int64_t> geometries, int64_t depth) {
   const std::vector<Layer> layers = unit_layers_of(parameters, eps, depth);
-  const std::vector<Geometry> of = geometries_of(geometries, layers.size());
+  const std::vector<ConvArguments> of = geometries_of(geometries, layers.size());
   STD_TORCH_CHECK(inputs.size() == layers.size() && batch_stats.size() == layers.size(),
                   "inputs and batch_stats must hold one element for each layer");
   std::vector<Tensor> results(1 + 3 * layers.size());
-  Tensor grad = grad_output, grad_sum = grad_output;
+  check_like(grad_output, inputs[0], "grad_output");
+  Tensor grad = dense(grad_output, memory_format_of(inputs[0])), grad_sum = grad;
   OptionalTensor pending_input, coefficients;
+  std::optional<UnitAfter> after;
   for (size_t i = layers.size(); i-- > 0;) {
     const Layer& layer = layers[i];
     STD_TORCH_CHECK(layer.mean && layer.var, "mean and var of every norm must be given");
     const Tensor& x = inputs[i];
+    const bool first = i % depth == 0;
+    const bool completes =
+        first && i > 0 && completes_gradient(inputs[i - 1], layers[i - 1].conv_weight, of[i - 1]);
+    const bool again = completes && pending_input && computes_again(x, layer.conv_weight, of[i]) &&
+                       computes_again(inputs[i - 1], layers[i - 1].conv_weight, of[i - 1]);
     auto [grad_z, grad_weight, grad_bias, grad_conv_weight] = batch_norm_relu_conv2d_backward(
         grad, x, *layer.mean, *layer.var, layer.weight, layer.bias, layer.eps, layer.conv_weight,
         std::nullopt, of[i].stride, of[i].padding, of[i].dilation, of[i].groups, pending_input,
-        coefficients);
+        coefficients, after, !again);
+    if (after) grad_sum = after->completed;
+    after.reset();
     const OptionalTensor sum_dz_x = batch_stats[i] ? OptionalTensor(grad_weight) : std::nullopt;
     const OptionalTensor sum_dz = batch_stats[i] ? OptionalTensor(grad_bias) : std::nullopt;
-    if (i % depth > 0) {
-      grad = grad_z;
+    if (!first || completes) {
+      if (again) {
+        // The caller's gradient is not to be written.
+        const bool own = grad_sum.data_ptr() != grad_output.data_ptr();
+        after = {
+            grad_sum, own ? grad_sum : empty_like(x, MemoryFormat::ChannelsLast),
+            UnitAfter::Again{grad, *pending_input, *coefficients, layer.conv_weight, layer.bias}};
+        grad = grad_sum;
+      } else {
+        if (completes) after = {grad_sum, grad_z, std::nullopt};
+        grad = grad_z;
+      }
       pending_input = x;
       coefficients = batch_norm_backward_coefficients(x, *layer.mean, *layer.var, layer.weight,
                                                       sum_dz_x, sum_dz, layer.eps);
@@ -79,7 +98,6 @@ std::vector<Tensor> residual_units_backward(const Tensor& grad_output, std::vect
       // In place: a map of its own would have to be fetched before it is written.
       const MemoryFormat format = memory_format_of(x);
       grad = dense(grad_z, format);
-      check_like(grad_sum, x, "grad_output");
       write_backward_apply(grad, dense(x, format), *layer.mean, *layer.var, layer.weight,
                            layer.bias, sum_dz_x, sum_dz, dense(grad_sum, format), layer.eps, grad);
       grad_sum = grad;
