@@ -3,7 +3,6 @@
 
 #include "cpu/conv2d_host.h"
 #include "cpu/conv2d_tiles_host.h"
-#include "cpu/ops.h"
 
 namespace preact::cpu {
 namespace {
@@ -127,7 +126,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_conv2d_backward(
       strided ? pending_input : dense(pending_input, MemoryFormat::ChannelsLast);
   if (tiled) {
     tiled_backward(gradient, input, affine, conv_weight, activation, std::nullopt, following, rows,
-                   shape, found);
+                   after, shape, found);
   } else {
     DirectBackward task{};
     task.grad_z = keeps_grad_z ? mutable_data<float>(found.grad_z) : nullptr;
@@ -138,7 +137,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_conv2d_backward(
 }
 
 bool completes_gradient(const Tensor& input, const Tensor& conv_weight, const ConvArguments& conv) {
-  return is_direct(input, conv_weight, conv2d_shape(input, conv_weight, conv), conv.groups);
+  const Conv2dShape shape = conv2d_shape(input, conv_weight, conv);
+  return is_direct(input, conv_weight, shape, conv.groups) ||
+         is_tiled(input, conv_weight, shape, conv.groups);
 }
 
 bool computes_again(const Tensor& input, const Tensor& conv_weight, const ConvArguments& conv) {
@@ -192,7 +193,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_conv2d_backward_add(
   const OptionalTensor rows = dense(coefficients, MemoryFormat::Contiguous);
   if (tiled) {
     tiled_backward(grad_output, input, affine, conv_weight, std::nullopt, grad_skip, pending_input,
-                   rows, shape, found);
+                   rows, std::nullopt, shape, found);
   } else {
     DirectBackward task{};
     task.grad_skip = data<float>(grad_skip);

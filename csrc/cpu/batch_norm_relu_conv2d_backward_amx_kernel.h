@@ -53,7 +53,7 @@ template <bool NARROW, bool ADD>
 struct BackwardEpilogue {
   TileActivation activation;
   const BFloat16* grad_activation;  // null where nothing is to be added
-  BFloat16* grad;                   // where not ADD
+  BFloat16* grad;                   // where not ADD; may be null
   const float* skip;
   const BFloat16* narrow_skip;  // in its place, where not null
   float* total;                 // may be skip
@@ -113,7 +113,7 @@ struct BackwardEpilogue {
       } else {
         const Bits masked =
             _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(e), 16), _mm512_castps_si512(o));
-        store_pixels<NARROW>(grad, out, i, two, masked);
+        if (grad) store_pixels<NARROW>(grad, out, i, two, masked);
       }
       dz.even += e;
       dz.odd += o;
@@ -125,9 +125,25 @@ struct BackwardEpilogue {
   }
 };
 
+// Writes tiles of the input's gradient as they are.
+template <bool NARROW>
+struct PlainEpilogue {
+  BFloat16* map;
+
+  PREACT_INLINE void operator()(const float* from, const TileOutput& out) const {
+    constexpr int64_t kPixels = NARROW ? 2 : 1;
+    for (int64_t p = 0; p < out.pixels; p += kPixels) {
+      const float* const sums = from + p * (NARROW ? 16 : 32);
+      const Floats a = _mm512_loadu_ps(sums), b = _mm512_loadu_ps(sums + 16);
+      store_pixels<NARROW>(map, out, out.offset + p * out.stride, p + 1 < out.pixels,
+                           NARROW ? joined(a, b) : rounded_pair(a, b));
+    }
+  }
+};
+
 // Where a thread keeps what it staged of a block; zeros, which stay wherever nothing is staged.
 struct BackwardBuffers {
-  BFloat16 *grad, *pairs, *grad_pairs;
+  BFloat16 *grad, *pairs, *grad_pairs, *grad_above, *recomputed;
   char* planes;
 
   explicit BackwardBuffers(const cpu::TileBackward& task) {
@@ -144,6 +160,13 @@ struct BackwardBuffers {
     planes = reinterpret_cast<char*>(pairs + pairs_size);
     std::memset(static_cast<void*>(grad), 0, (grad_size + grad_pairs_size) * sizeof(BFloat16));
     std::memset(static_cast<void*>(pairs), 0, pairs_size * sizeof(BFloat16));
+    grad_above = recomputed = nullptr;
+    if (task.above) {
+      const int64_t above_size = up(cpu::staged_size(task.above->staged_grad));
+      grad_above = elements(cpu::Slot::grad_above, above_size);
+      std::memset(static_cast<void*>(grad_above), 0, above_size * sizeof(BFloat16));
+      recomputed = elements(cpu::Slot::recomputed, up(s.out_h * s.out_w * s.out_channels));
+    }
   }
 
  private:
@@ -153,16 +176,105 @@ struct BackwardBuffers {
   }
 };
 
-// A block of the gradient that the following norm left pending.
 template <typename G>
-void stage_pending(const cpu::TileBackward& task, const G* grad, int64_t offset, int64_t columns,
-                   BFloat16* staged) {
+TilePending<G> pending_source(const G* grad, const BFloat16* input,
+                              const std::vector<float>& coefficients) {
+  const float* const rows = coefficients.data();
+  const auto lanes = static_cast<int64_t>(coefficients.size()) / 4;
+  return {grad, input, rows, rows + lanes, rows + 2 * lanes, rows + 3 * lanes};
+}
+
+// The gradient of the input of the convolution above, without its mask, [pixels][channels].
+template <bool NARROW>
+void compute_above(const cpu::TileBackward& task, const BackwardBuffers& buffers, int64_t block,
+                   int64_t columns, Ahead& ahead) {
   const Conv2dShape& s = task.blocks.shape;
-  const float* const rows = task.coefficients.data();
-  const int64_t lanes = cpu::vector_size_of(s.out_channels);
-  stage_tiles(TilePending<G>{grad, task.pending_input + offset, rows, rows + lanes,
-                             rows + 2 * lanes, rows + 3 * lanes},
-              s.out_h, columns, s.out_w, task.output_stride, task.staged_grad, staged);
+  const cpu::TileAbove& above = *task.above;
+  const int64_t channels = above.staged_grad.channels;
+  const int64_t at = block * s.out_h * s.out_w * channels;
+  stage_tiles(pending_source(above.grad_output + at, above.pending_input + at, above.coefficients),
+              s.out_h, columns, s.out_w, channels, above.staged_grad, buffers.grad_above);
+  tile_map<NARROW>(above.gather, columns, 1, buffers.grad_above, above.staged_grad, above.weights,
+                   s.out_channels, s.out_w, s.out_channels, 0,
+                   PlainEpilogue<NARROW>{buffers.recomputed}, ahead);
+}
+
+// The gradient of the result of one block, as the tiles read it.
+inline void stage_gradient(const cpu::TileBackward& task, const BackwardBuffers& buffers,
+                           int64_t block, int64_t columns, Ahead& ahead) {
+  const Conv2dShape& s = task.blocks.shape;
+  const int64_t offset = block * s.out_h * s.out_w * task.output_stride;
+  const auto write = [&](const auto& source) {
+    stage_tiles(source, s.out_h, columns, s.out_w, task.output_stride, task.staged_grad,
+                buffers.grad);
+  };
+  const BFloat16* const grad = task.grad_output ? task.grad_output + offset : nullptr;
+  if (!task.pending_input) {
+    write(TileCopy{grad});
+    return;
+  }
+  const BFloat16* const input = task.pending_input + offset;
+  if (task.wide_grad) {
+    write(pending_source(task.wide_grad + offset, input, task.coefficients));
+    return;
+  }
+  const auto pending = pending_source(grad, input, task.coefficients);
+  if (!task.pending_skip) {
+    write(pending);
+    return;
+  }
+  const BFloat16* const skip = task.pending_skip + offset;
+  BFloat16* const completed = task.completed + offset;
+  if (!task.above) {
+    write(TileCompleted<false>{pending, skip, completed, nullptr});
+    return;
+  }
+  (cpu::is_narrow(s.out_channels) ? &compute_above<true>
+                                  : &compute_above<false>)(task, buffers, block, columns, ahead);
+  auto computed = pending;
+  computed.dz = buffers.recomputed;
+  write(TileCompleted<true>{computed, skip, completed, task.above->shift.data()});
+}
+
+// What the block after this one will read and write.
+inline Ahead block_after(const cpu::TileBackward& task, int64_t block) {
+  const Conv2dShape& s = task.blocks.shape;
+  Ahead ahead;
+  if (block + 1 == s.batch) return ahead;
+  const int64_t in = s.in_h * s.in_w, out = s.out_h * s.out_w;
+  const auto add = [&](const auto* map, int64_t pixels, int64_t channels, int64_t stride) {
+    ahead.add(map ? map + (block + 1) * pixels * stride : nullptr, pixels, channels, stride);
+  };
+  add(task.input, in, s.in_channels, task.input_stride);
+  add(task.grad_output, out, s.out_channels, task.output_stride);
+  add(task.wide_grad, out, s.out_channels, task.output_stride);
+  add(task.pending_input, out, s.out_channels, task.output_stride);
+  add(task.pending_skip, out, s.out_channels, task.output_stride);
+  if (task.above) {
+    const int64_t channels = task.above->staged_grad.channels;
+    add(task.above->grad_output, out, channels, channels);
+    add(task.above->pending_input, out, channels, channels);
+  }
+  add(task.grad_activation, in, s.in_channels, task.input_stride);
+  add(task.skip, in, s.in_channels, task.input_stride);
+  add(task.narrow_skip, in, s.in_channels, task.input_stride);
+  add(task.grad_z, in, s.in_channels, task.input_stride);
+  return ahead;
+}
+
+// Groups of tiles that a block's maps take.
+template <bool NARROW>
+int64_t block_work(const cpu::TileBackward& task, int64_t in_columns, int64_t out_columns) {
+  const Conv2dShape& s = task.blocks.shape;
+  int64_t work = 0;
+  for (const TileGather& phase : task.phases) {
+    const int64_t columns = s.stride_w == 1 ? in_columns : phase.gather.columns;
+    work += tile_work<NARROW>(phase, columns, s.in_channels);
+  }
+  if (!task.above) return work;
+  return work + (cpu::is_narrow(s.out_channels)
+                     ? &tile_work<true>
+                     : &tile_work<false>)(task.above->gather, out_columns, s.out_channels);
 }
 
 template <bool NARROW, bool ADD>
@@ -176,15 +288,9 @@ void backward_blocks(const cpu::TileBackward& task, const BackwardBuffers& buffe
     const int64_t in_columns = task.blocks.columns(block, s.in_w);
     const int64_t out_columns = task.blocks.columns(block, s.out_w);
     const int64_t offset = block * s.in_h * s.in_w * task.input_stride;
-    const int64_t out_offset = block * s.out_h * s.out_w * task.output_stride;
-    if (task.wide_grad) {
-      stage_pending(task, task.wide_grad + out_offset, out_offset, out_columns, buffers.grad);
-    } else if (task.pending_input) {
-      stage_pending(task, task.grad_output + out_offset, out_offset, out_columns, buffers.grad);
-    } else {
-      stage_tiles(TileCopy{task.grad_output + out_offset}, s.out_h, out_columns, s.out_w,
-                  task.output_stride, layout, buffers.grad);
-    }
+    Ahead ahead = block_after(task, block);
+    ahead.spread(block_work<NARROW>(task, in_columns, out_columns));
+    stage_gradient(task, buffers, block, out_columns, ahead);
     const TileActivation activation{task.norm.mean.data(), task.norm.scale.data(),
                                     task.norm.shift.data(), task.input};
     // Before the epilogue, which finds the input in the cache then.
@@ -197,26 +303,6 @@ void backward_blocks(const cpu::TileBackward& task, const BackwardBuffers& buffe
     const BackwardEpilogue<NARROW, ADD> epilogue{activation, task.grad_activation, task.grad_z,
                                                  task.skip,  task.narrow_skip,     task.total,
                                                  &sums};
-    Ahead ahead;
-    if (block + 1 < s.batch) {
-      const int64_t in = s.in_h * s.in_w, next = offset + in * task.input_stride;
-      const int64_t out = s.out_h * s.out_w, out_next = out_offset + out * task.output_stride;
-      const auto from = [](const auto* map, int64_t at) { return map ? map + at : nullptr; };
-      ahead.add(task.input + next, in, s.in_channels, task.input_stride);
-      ahead.add(from(task.grad_output, out_next), out, s.out_channels, task.output_stride);
-      ahead.add(from(task.wide_grad, out_next), out, s.out_channels, task.output_stride);
-      ahead.add(from(task.pending_input, out_next), out, s.out_channels, task.output_stride);
-      ahead.add(from(task.grad_activation, next), in, s.in_channels, task.input_stride);
-      ahead.add(from(task.skip, next), in, s.in_channels, task.input_stride);
-      ahead.add(from(task.narrow_skip, next), in, s.in_channels, task.input_stride);
-      if (task.grad_z) ahead.add(task.grad_z + next, in, s.in_channels, task.input_stride);
-    }
-    int64_t work = 0;
-    for (const TileGather& phase : task.phases) {
-      const int64_t columns = s.stride_w == 1 ? in_columns : phase.gather.columns;
-      work += tile_work<NARROW>(phase, columns, s.in_channels);
-    }
-    ahead.spread(work);
     for (size_t i = 0; i < task.phases.size(); ++i) {
       const TileGather& phase = task.phases[i];
       // Only whole blocks have more than one phase.

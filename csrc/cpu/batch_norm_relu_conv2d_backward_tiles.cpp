@@ -4,12 +4,55 @@
 #include "cpu/conv2d_tiles_host.h"
 
 namespace preact::cpu {
+#if PREACT_AMX
+namespace {
+
+// Rows [4, C], by lane.
+std::vector<float> rows_by_lane(const Tensor& coefficients) {
+  const int64_t channels = coefficients.size(1);
+  std::vector<float> rows;
+  for (int64_t row = 0; row < 4; ++row) {
+    const auto lanes = by_lane(data<float>(coefficients) + row * channels, channels);
+    rows.insert(rows.end(), lanes.begin(), lanes.end());
+  }
+  return rows;
+}
+
+// As of the direct convolution.
+TileAbove compute_again(const UnitAfter& after, Conv2dShape shape) {
+  const UnitAfter::Again& again = *after.again;
+  const int64_t channels = shape.in_channels = shape.out_channels;
+  shape.out_channels = again.conv_weight.size(0);
+  const Staged staged_grad = stage_grad_output(shape);
+  TileGather gather(backward_gathers(shape, staged_grad)[0], shape.out_channels);
+  auto* const weights = reinterpret_cast<BFloat16*>(
+      scratch(Slot::weights_above, (packed_tiles(channels, gather) + 1) / 2));
+  with_weight_type(again.conv_weight, [&](auto type) {
+    pack_tiles(data<decltype(type)>(again.conv_weight), weight_strides(again.conv_weight), shape,
+               gather, true, weights);
+  });
+  std::vector<float> shift(channels, 0.0f);
+  if (again.bias) {
+    const Tensor bias = channel_vector(*again.bias, after.grad_skip, "bias");
+    std::copy_n(data<float>(bias), channels, shift.data());
+  }
+  return {staged_grad,
+          std::move(gather),
+          weights,
+          by_lane(shift.data(), channels),
+          data<BFloat16>(again.grad_output),
+          data<BFloat16>(again.pending_input),
+          rows_by_lane(again.coefficients)};
+}
+
+}  // namespace
+#endif
 
 void tiled_backward(const Tensor& grad_output, const Tensor& input, const Affine<float>& affine,
                     const Tensor& conv_weight, const OptionalTensor& grad_activation,
                     const OptionalTensor& grad_skip, const OptionalTensor& pending_input,
-                    const OptionalTensor& coefficients, const Conv2dShape& shape,
-                    const ConvGradients& found) {
+                    const OptionalTensor& coefficients, const std::optional<UnitAfter>& after,
+                    const Conv2dShape& shape, const ConvGradients& found) {
 #if PREACT_AMX
   // A chunk's sums of a large weight cost more than its blocks are worth to another thread.
   constexpr int64_t kSmallWeight = 8192, kMostChunks = 64, kMostLargeChunks = 16;
@@ -19,6 +62,7 @@ void tiled_backward(const Tensor& grad_output, const Tensor& input, const Affine
   const auto maybe = [](const OptionalTensor& tensor) {
     return tensor ? data<BFloat16>(*tensor) : nullptr;
   };
+  const bool keeps = found.grad_z.defined();
   const bool wide = grad_output.scalar_type() == ScalarType::Float;
   const bool wide_skip = grad_skip && grad_skip->scalar_type() == ScalarType::Float;
   TileBackward task{direct,
@@ -34,16 +78,25 @@ void tiled_backward(const Tensor& grad_output, const Tensor& input, const Affine
                     maybe(pending_input),
                     {},
                     wide ? data<float>(grad_output) : nullptr,
-                    grad_skip ? nullptr : mutable_data<BFloat16>(found.grad_z),
+                    nullptr,
+                    nullptr,
+                    nullptr,
+                    grad_skip || !keeps ? nullptr : mutable_data<BFloat16>(found.grad_z),
                     wide_skip ? data<float>(*grad_skip) : nullptr,
                     wide_skip ? nullptr : maybe(grad_skip),
                     grad_skip ? mutable_data<float>(found.grad_z) : nullptr,
                     pixel_stride(input),
                     pixel_stride(grad_output)};
-  for (int64_t row = 0; coefficients && row < 4; ++row) {
-    const auto lanes =
-        by_lane(data<float>(*coefficients) + row * shape.out_channels, shape.out_channels);
-    task.coefficients.insert(task.coefficients.end(), lanes.begin(), lanes.end());
+  if (coefficients) task.coefficients = rows_by_lane(*coefficients);
+  std::optional<TileAbove> above;
+  if (after) {
+    task.pending_skip = data<BFloat16>(after->grad_skip);
+    task.completed = mutable_data<BFloat16>(after->completed);
+    if (after->again) {
+      above = compute_again(*after, blocks);
+      task.above = &*above;
+      task.grad_output = nullptr;
+    }
   }
   int64_t packed = 0;
   for (Gather& phase : backward_gathers(blocks, staged_grad)) {

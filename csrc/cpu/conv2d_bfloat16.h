@@ -107,6 +107,16 @@ struct TileForward {
   int64_t input_stride, output_stride;  // between pixels; residual's is the output's
 };
 
+// As DirectAbove.
+struct TileAbove {
+  Staged staged_grad;
+  TileGather gather;
+  const BFloat16* weights;
+  std::vector<float> shift;  // by lane
+  const BFloat16 *grad_output, *pending_input;
+  std::vector<float> coefficients;  // as of TileBackward
+};
+
 struct TileBackward {
   DirectBlocks blocks;
   Staged staged, staged_grad;
@@ -118,12 +128,15 @@ struct TileBackward {
   const BFloat16* pending_input;    // null where grad_output is the gradient itself
   std::vector<float> coefficients;  // [4][O], by lane: scale, slope, centre, offset
   const float* wide_grad;           // grad_output where it is float, pending always; or null
-  BFloat16* grad_z;                 // null where scale * grad_z is added to skip instead:
-  const float* skip;
-  const BFloat16* narrow_skip;  // in its place, where it is not float
-  float* total;                 // their sum; may be skip
-  int64_t input_stride;         // between pixels of input and all gradients like it
-  int64_t output_stride;        // between pixels of grad_output and pending_input
+  const BFloat16* pending_skip;     // added to a pending gradient, or null
+  BFloat16* completed;              // their sum; may be grad_output or pending_skip
+  const TileAbove* above;           // computes grad_output, or null
+  BFloat16* grad_z;                 // null where only its sums are wanted, or where
+  const float* skip;                // scale * grad_z is added to this instead:
+  const BFloat16* narrow_skip;      // in its place, where it is not float
+  float* total;                     // their sum; may be skip
+  int64_t input_stride;             // between pixels of input and all gradients like it
+  int64_t output_stride;            // between pixels of grad_output and pending_input
 };
 
 }  // namespace preact::cpu

@@ -14,6 +14,9 @@ struct Together {
   PREACT_INLINE LaneValues values(const float* map) const {
     return float_lanes(map + at, map + at + 16, lanes);
   }
+  PREACT_INLINE void store(BFloat16* map, Bits bits) const {
+    _mm512_mask_storeu_epi16(map + at, lanes, bits);
+  }
 };
 // Two narrow pixels.
 struct Apart {
@@ -24,6 +27,11 @@ struct Apart {
   PREACT_INLINE LaneValues values(const BFloat16* map) const { return values_of((*this)(map)); }
   PREACT_INLINE LaneValues values(const float* map) const {
     return float_lanes(map + first, map + second, ~__mmask32{0});
+  }
+  PREACT_INLINE void store(BFloat16* map, Bits bits) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(map + first), _mm512_castsi512_si256(bits));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(map + second),
+                        _mm512_extracti64x4_epi64(bits, 1));
   }
 };
 
@@ -95,6 +103,49 @@ struct TilePending {
                         _mm512_fmadd_ps(v.slope.even, x.even - v.centre.even, v.offset.even)),
         _mm512_fmadd_ps(v.scale.odd, g.odd,
                         _mm512_fmadd_ps(v.slope.odd, x.odd - v.centre.odd, v.offset.odd)));
+  }
+};
+
+// The same plus what came over the shortcut, written on the way. Where MASK, dz lies in a map of
+// its own, of which this is a block, and has yet to pass the ReLU of the norm, whose scale and mean
+// are the pending gradient's scale and centre.
+template <bool MASK>
+struct TileCompleted {
+  TilePending<BFloat16> pending;
+  const BFloat16* skip;
+  BFloat16* completed;
+  const float* shift;  // by lane
+
+  struct Values {
+    typename TilePending<BFloat16>::Values pending;
+    LaneValues shift;
+  };
+  PREACT_INLINE Values get(int64_t lane) const {
+    return {pending.get(lane), MASK ? lane_values(shift, lane) : LaneValues{}};
+  }
+  static PREACT_INLINE Floats active(Floats centred, Floats scale, Floats shift, Floats dz) {
+    const __mmask16 passes = _mm512_cmp_ps_mask(_mm512_fmadd_ps(centred, scale, shift),
+                                                _mm512_setzero_ps(), _CMP_NLE_UQ);
+    return _mm512_maskz_mov_ps(passes, dz);
+  }
+  template <typename At>
+  PREACT_INLINE Bits value(const Values& values, const At& at) const {
+    const auto& v = values.pending;
+    LaneValues dz = at.values(pending.dz), x = at.values(pending.input);
+    const LaneValues added = at.values(skip);
+    x.even -= v.centre.even;
+    x.odd -= v.centre.odd;
+    if constexpr (MASK) {
+      dz.even = active(x.even, v.scale.even, values.shift.even, dz.even);
+      dz.odd = active(x.odd, v.scale.odd, values.shift.odd, dz.odd);
+    }
+    dz.even = _mm512_fmadd_ps(v.scale.even, dz.even,
+                              _mm512_fmadd_ps(v.slope.even, x.even, v.offset.even));
+    dz.odd =
+        _mm512_fmadd_ps(v.scale.odd, dz.odd, _mm512_fmadd_ps(v.slope.odd, x.odd, v.offset.odd));
+    const Bits bits = rounded_pair(dz.even + added.even, dz.odd + added.odd);
+    at.store(completed, bits);
+    return bits;
   }
 };
 

@@ -3,6 +3,7 @@
 
 #include "cpu/conv2d_bfloat16.h"
 #include "cpu/conv2d_host.h"
+#include "cpu/ops.h"
 
 namespace preact::cpu {
 
@@ -44,12 +45,13 @@ std::tuple<Tensor, Tensor> tiled_forward(const Tensor& input, const Affine<float
                                          const OptionalTensor& residual, const Conv2dShape& shape,
                                          const Tensor& output);
 
-// Where grad_skip is given, found.grad_z becomes the sum of it and of what grad_z contributes to
-// the gradient of the input, both float. A pending grad_output may be float too.
+// Where found.grad_z is undefined it is not kept. Where grad_skip is given, found.grad_z becomes
+// the sum of it and of what grad_z contributes to the gradient of the input, both float. A pending
+// grad_output may be float too.
 void tiled_backward(const Tensor& grad_output, const Tensor& input, const Affine<float>& affine,
                     const Tensor& conv_weight, const OptionalTensor& grad_activation,
                     const OptionalTensor& grad_skip, const OptionalTensor& pending_input,
-                    const OptionalTensor& coefficients, const Conv2dShape& shape,
-                    const ConvGradients& found);
+                    const OptionalTensor& coefficients, const std::optional<UnitAfter>& after,
+                    const Conv2dShape& shape, const ConvGradients& found);
 
 }  // namespace preact::cpu

@@ -33,8 +33,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_conv2d(
 struct UnitAfter {
   Tensor grad_skip, completed;  // the sum is written to completed, which may be grad_skip
 
-  // That unit's first convolution and what its backward took, where the gradient of its input was
-  // not kept and grad_output is not read. Without a bias its norm has none.
+  // That unit's first convolution, of the result of this one, and what its backward took, where the
+  // gradient of its input was not kept and grad_output is not read. Without a bias its norm has
+  // none.
   struct Again {
     Tensor grad_output, pending_input, coefficients, conv_weight;
     OptionalTensor bias;
