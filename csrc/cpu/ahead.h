@@ -25,33 +25,37 @@ class Ahead {
     if (count_ > 0) begin(runs_[0]);
   }
 
-  // Lines whose turn it is.
+  // Lines whose turn it is, `each` of them at a time.
   struct Lines {
     const char *at, *end;
+    int64_t each;
 
-    // How many at each of `turns`; a few are left.
-    int64_t each(int64_t turns) const { return std::max<int64_t>((end - at) / (kLine * turns), 1); }
-    PREACT_INLINE void fetch(int64_t most) {
-      for (; at < end && most > 0; --most, at += kLine) __builtin_prefetch(at, 0, 2);
+    PREACT_INLINE void fetch() {
+      for (int64_t left = each; left > 0 && at < end; --left, at += kLine) {
+        __builtin_prefetch(at, 0, 2);
+      }
     }
   };
 
-  // Those of `work` more.
-  PREACT_INLINE Lines take(int64_t work) {
+  // Those of `work` more, for as many as `turns` fetches.
+  PREACT_INLINE Lines take(int64_t work, int64_t turns) {
     due_ += work * rate_;
     const char* const at = at_;
-    if (due_ < kOne || at == end_) return {at, at};
+    if (due_ < kOne || at == end_) return {at, at, 0};
     const char* const end = std::min(at + due_ / kOne * kLine, end_);
     const int64_t taken = (end - at + kLine - 1) / kLine;
     due_ -= taken * kOne;
     at_ = end;
     if (at_ == end_) next();
-    return {at, end};
+    return {at, end, std::max<int64_t>(taken / turns, 1)};
   }
 
   // What is left of `lines` and everything else that is due.
   PREACT_INLINE void fetch(Lines lines) {
-    for (; lines.at < lines.end; lines = take(0)) lines.fetch(kMostBytes);
+    for (; lines.at < lines.end; lines = take(0, 1)) {
+      lines.each = kMostBytes;
+      lines.fetch();
+    }
   }
 
  private:

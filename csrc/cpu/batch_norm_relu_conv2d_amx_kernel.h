@@ -109,19 +109,21 @@ struct ForwardEpilogue {
     return rounded_pair(a, b);
   }
 
-  PREACT_INLINE void operator()(const float* sums, const TileOutput& out) const {
+  PREACT_INLINE void operator()(const float* sums, const TileOutput& out,
+                                Ahead::Lines& lines) const {
     if (moments->starts(out.lane)) {
-      write(sums, out);
+      write(sums, out, lines);
       moments->start(out.lane, out.pixels);
     }
-    write(sums, out);
+    write(sums, out, lines);
   }
 
-  PREACT_INLINE void write(const float* sums, const TileOutput& out) const {
+  PREACT_INLINE void write(const float* sums, const TileOutput& out, Ahead::Lines& lines) const {
     constexpr int64_t kPixels = NARROW ? 2 : 1;
     const LaneValues shift = lane_values(moments->shift(), out.lane);
     LaneValues sum{}, square{};
     for (int64_t p = 0; p < out.pixels; p += kPixels) {
+      lines.fetch();
       const int64_t i = out.offset + p * out.stride;
       const bool two = p + 1 < out.pixels;
       const Bits bits = result(sums + p * (NARROW ? 16 : 32), out, i, two);

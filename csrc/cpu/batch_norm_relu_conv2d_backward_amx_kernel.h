@@ -78,12 +78,14 @@ struct BackwardEpilogue {
     return rounded_pair(a, b);
   }
 
-  PREACT_INLINE void operator()(const float* from, const TileOutput& out) const {
+  PREACT_INLINE void operator()(const float* from, const TileOutput& out,
+                                Ahead::Lines& lines) const {
     constexpr int64_t kPixels = NARROW ? 2 : 1;
     const auto values = activation.get(out.lane);
     LaneValues dz{}, dz_x{};
     const Floats zero = _mm512_setzero_ps();
     for (int64_t p = 0; p < out.pixels; p += kPixels) {
+      lines.fetch();
       const int64_t i = out.offset + p * out.stride;
       const bool two = p + 1 < out.pixels;
       const Bits x = load_pixels<NARROW>(activation.map, out, i, two);
@@ -130,9 +132,11 @@ template <bool NARROW>
 struct PlainEpilogue {
   BFloat16* map;
 
-  PREACT_INLINE void operator()(const float* from, const TileOutput& out) const {
+  PREACT_INLINE void operator()(const float* from, const TileOutput& out,
+                                Ahead::Lines& lines) const {
     constexpr int64_t kPixels = NARROW ? 2 : 1;
     for (int64_t p = 0; p < out.pixels; p += kPixels) {
+      lines.fetch();
       const float* const sums = from + p * (NARROW ? 16 : 32);
       const Floats a = _mm512_loadu_ps(sums), b = _mm512_loadu_ps(sums + 16);
       store_pixels<NARROW>(map, out, out.offset + p * out.stride, p + 1 < out.pixels,

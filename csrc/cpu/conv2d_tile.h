@@ -78,11 +78,10 @@ __attribute__((noinline)) void direct_tile(const float* input, const TileInput& 
   for (int64_t block = 0; block < in.blocks; ++block, input += in.block_stride) {
     for (int64_t t = 0; t < in.tap_count; ++t) {
       const float* const values = input + in.taps[t];
-      Ahead::Lines lines = ahead.take(PIXELS * VECTORS * kBlock);
-      const int64_t each = lines.each(kBlock);
+      Ahead::Lines lines = ahead.take(PIXELS * VECTORS * kBlock, kBlock);
 #pragma GCC unroll 2
       for (int c = 0; c < kBlock; ++c, weights += kBlock) {
-        lines.fetch(each);
+        lines.fetch();
         FloatVector factors[VECTORS];
 #pragma GCC unroll 2
         for (int v = 0; v < VECTORS; ++v)
@@ -211,8 +210,7 @@ __attribute__((noinline)) void direct_weight_tile(const float* input, int64_t in
                                                   int64_t grad_block, int64_t rows, int64_t columns,
                                                   float* sums, int64_t panel, Ahead& ahead) {
   using P = Pack<float>;
-  Ahead::Lines lines = ahead.take(INPUTS * VECTORS * rows * columns);
-  const int64_t each = lines.each(rows * columns);
+  Ahead::Lines lines = ahead.take(INPUTS * VECTORS * rows * columns, rows * columns);
   FloatVector tile[INPUTS][VECTORS];
 #pragma GCC unroll 16
   for (int c = 0; c < INPUTS; ++c) {
@@ -223,7 +221,7 @@ __attribute__((noinline)) void direct_weight_tile(const float* input, int64_t in
     const float* values = input;
     const float* g = grad;
     for (int64_t x = 0; x < columns; ++x, values += STEP, g += kBlock) {
-      lines.fetch(each);
+      lines.fetch();
       FloatVector factors[VECTORS];
 #pragma GCC unroll 2
       for (int v = 0; v < VECTORS; ++v) factors[v] = P::load(g + lane_offset<P>(v, grad_block));

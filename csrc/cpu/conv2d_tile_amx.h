@@ -139,8 +139,9 @@ int64_t tile_work(const TileGather& tiled, int64_t columns, int64_t channels) {
   return (channels + 31) / 32 * ((tiled.gather.rows * in_row + kTiles - 1) / kTiles);
 }
 
-// All outputs of a gather, columns limited to `columns`, handed to epilogue(sums, output), which
-// counts elements from `offset` on, `pixel` from one pixel of the map to the next.
+// All outputs of a gather, columns limited to `columns`, handed to epilogue(sums, output, lines),
+// which counts elements from `offset` on, `pixel` from one pixel of the map to the next, and
+// fetches of lines for every vector.
 template <bool NARROW, typename Epilogue>
 void tile_map(const TileGather& tiled, int64_t columns, int64_t step, const BFloat16* staged,
               const Staged& layout, const BFloat16* weights, int64_t channels, int64_t width,
@@ -154,7 +155,8 @@ void tile_map(const TileGather& tiled, int64_t columns, int64_t step, const BFlo
   tile_configure(TileConfig(static_cast<int>(most), NARROW));
   for (int64_t c = 0; c < channels; c += 32, weights += steps * (NARROW ? 1 : 2) * kTile) {
     for (int64_t first = 0; first < total; first += kTiles) {
-      ahead.fetch(ahead.take(1));
+      const int64_t count = std::min<int64_t>(kTiles, total - first);
+      Ahead::Lines lines = ahead.take(1, count * most / (NARROW ? 2 : 1));
       const BFloat16* pixels[kTiles];
       TileOutput outputs[kTiles];
       for (int i = 0; i < kTiles; ++i) {
@@ -171,8 +173,8 @@ void tile_map(const TileGather& tiled, int64_t columns, int64_t step, const BFlo
       }
       multiply_tiles<NARROW>(pixels, step * in_channels * 2, tiled.offsets.data(), steps, weights,
                              sums);
-      const int64_t count = std::min<int64_t>(kTiles, total - first);
-      for (int64_t i = 0; i < count; ++i) epilogue(sums + i * kSums, outputs[i]);
+      for (int64_t i = 0; i < count; ++i) epilogue(sums + i * kSums, outputs[i], lines);
+      ahead.fetch(lines);
     }
   }
 }
