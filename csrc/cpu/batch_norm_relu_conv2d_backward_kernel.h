@@ -51,6 +51,11 @@ struct CompletedGradSource {
   }
 };
 
+// The reduce pass alone, its sums grouped as those of MaskPass are.
+struct SumPass : ReducePass<float> {
+  static constexpr int kRows = 4;
+};
+
 // The reduce pass over a gradient that lies where dz is to be: adds grad_activation, applies the
 // ReLU's mask and writes dz in place.
 template <bool Add>
@@ -250,7 +255,8 @@ void batch_norm_relu_conv2d_backward_part(const cpu::DirectBackward& task, int64
       mask_rows(AddPass{reduce, task.grad_skip + offset, task.grad_input + offset}, rows,
                 s.in_channels, task.input_stride, sums.data(), sum_dz, sum_dz_x);
     } else if (!task.grad_z) {
-      mask_rows(reduce, rows, s.in_channels, task.input_stride, sums.data(), sum_dz, sum_dz_x);
+      mask_rows(SumPass{reduce}, rows, s.in_channels, task.input_stride, sums.data(), sum_dz,
+                sum_dz_x);
     } else if (task.grad_activation) {
       mask_rows(MaskPass<true>{reduce, task.grad_activation + offset, grad_z}, rows, s.in_channels,
                 task.input_stride, sums.data(), sum_dz, sum_dz_x);
