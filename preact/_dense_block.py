@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.fx import Node
 
-if TYPE_CHECKING:
-    from ._matching import Prefix
+from ._prefix import Prefix
 
 _CAT_FUNCTIONS = {torch.cat, torch.concat, torch.concatenate}
 

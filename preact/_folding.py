@@ -11,20 +11,10 @@ from torch import nn
 from torch.fx import Graph, Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ._matching import (
-    BATCH_NORM_RELU,
-    POOLED,
-    POOLED_PREFIX,
-    PREFIX,
-    SHARED_PREFIX,
-    Matcher,
-    Matches,
-    norm_reason,
-)
+from ._matching import Matcher, Matches, norm_reason
 from ._tracing import Trace, is_hooked
 from .folded import ALWAYS, WHERE_FASTER, folded_conv2d
 
-_SINGLE = (BATCH_NORM_RELU, PREFIX, SHARED_PREFIX, POOLED, POOLED_PREFIX)
 NOTHING_BEFORE = "no convolution that it alone reads stands before it"
 
 

@@ -12,7 +12,8 @@ from torch.fx import Graph, Node
 
 from . import calls, folded_units
 from ._dense_block import DenseBlock
-from ._matching import Matches, Prefix, Unit
+from ._matching import Matches, Unit
+from ._prefix import Prefix
 
 _serial = itertools.count()
 

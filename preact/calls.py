@@ -17,7 +17,7 @@ BatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm
 Layer = tuple[BatchNorm, nn.Conv2d]
 
 
-def _norm_of(bn: BatchNorm, input: Tensor | None = None) -> Norm:
+def norm_arguments(bn: BatchNorm, input: Tensor | None = None) -> Norm:
     """What ``bn`` would pass to ``batch_norm`` now, before it counts the batch."""
     if input is not None:
         bn._check_input_dim(input)
@@ -45,7 +45,7 @@ def conv_arguments(conv: nn.Conv2d) -> Conv:
 def described_layers(layers: Sequence[Layer], input: Tensor | None) -> list[tuple[Norm, Conv]]:
     """What the functions take of a unit's layers; ``input`` is that of the first."""
     return [
-        (_norm_of(bn, input if i == 0 else None), conv_arguments(conv))
+        (norm_arguments(bn, input if i == 0 else None), conv_arguments(conv))
         for i, (bn, conv) in enumerate(layers)
     ]
 
@@ -61,14 +61,14 @@ def fused_batch_norm_relu(
     bn: BatchNorm, input: Tensor, statistics: Statistics | None = None
 ) -> Tensor:
     """``relu(bn(input))``."""
-    output = functional.batch_norm_relu(input, *_norm_of(bn, input), statistics=statistics)
+    output = functional.batch_norm_relu(input, *norm_arguments(bn, input), statistics=statistics)
     _count_batch(bn)
     return output
 
 
 def batch_norm(bn: BatchNorm, input: Tensor) -> Tensor:
     """``bn(input)`` alone, for the places where no ReLU follows; nothing there is fused."""
-    output = F.batch_norm(input, *_norm_of(bn, input))
+    output = F.batch_norm(input, *norm_arguments(bn, input))
     _count_batch(bn)
     return output
 
@@ -91,7 +91,7 @@ def fused_pooled_prefix(
     pool: tuple[tuple[int, int], tuple[int, int], tuple[int, int], bool],
 ) -> Tensor:
     """``pool(relu(bn(input)))``, with a pointwise convolution of ``convs`` before a mean."""
-    norm = _norm_of(bn, input)
+    norm = norm_arguments(bn, input)
     conv = conv_arguments(convs[0]) if convs else None
     output = pooled.batch_norm_relu_pool2d(input, norm, Pool(*pool), conv)
     _count_batch(bn)
@@ -110,7 +110,7 @@ def linked_prefix(
     """``fused_prefix`` that takes its input's statistics and hands on those of its first result."""
     found = functional.batch_norm_relu_convs2d(
         input,
-        _norm_of(bn, input),
+        norm_arguments(bn, input),
         [conv_arguments(conv) for conv in convs],
         residual=residual,
         statistics=statistics,
@@ -162,11 +162,10 @@ def fused_units(
             input, statistics = fused_unit(input, layers, None, False, statistics)
         return input, statistics
     described = [described_layers(layers, None if i else input) for i, layers in enumerate(units)]
-    found = functional.residual_units(
-        input, described, statistics=statistics, return_statistics=return_statistics
-    )
-    _count_batch(*norms)
-    return found
+    return functional.residual_units(
+        input, described, statistics=statistics, return_statistics=return_statistics,
+        ended=lambda index: _count_batch(*(bn for bn, _ in units[index])),
+    )  # fmt: skip
 
 
 def fused_dense_block(
@@ -182,9 +181,9 @@ def fused_dense_block(
     if not any(is_synchronised(bn) for bn in norms):
         described = [
             (
-                _norm_of(first, input if i == 0 else None),
+                norm_arguments(first, input if i == 0 else None),
                 conv_arguments(conv),
-                _norm_of(second),
+                norm_arguments(second),
                 conv_arguments(last),
             )
             for i, (first, conv, second, last) in enumerate(layers)

@@ -8,7 +8,7 @@ Invalid arguments raise what eager raises, before any running statistic is touch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -317,18 +317,24 @@ def residual_units(
     *,
     statistics: Statistics | None = None,
     return_statistics: bool = False,
+    ended: Callable[[int], None] = lambda index: None,
 ) -> tuple[Tensor, Statistics | None]:
     """``residual_unit`` of each of ``units`` in turn, all around an identity shortcut.
 
     Each hands the statistics of its sum on to the next. Where the same call ran before and each
-    unit was one op, all of them are. Returns what the last unit returns.
+    unit was one op, all of them are. ``ended`` is called with each unit's index when its running
+    statistics are up to date, so also for those before one that raises. Returns what the last unit
+    returns.
     """
     layers = [layer for unit in units for layer in unit]
     key = _key_of_units(input, units, statistics)
     prepared = remembered.known(key)
     if prepared is not None:
         first = statistics_of("cpp", input, layers[0][0], statistics)
-        return identity_units.run(input, layers, prepared, first, return_statistics)
+        result = identity_units.run(input, layers, prepared, first, return_statistics)
+        for index in range(len(units)):
+            ended(index)
+        return result
     found = []
     for index, unit in enumerate(units):
         last = index + 1 == len(units)
@@ -337,6 +343,7 @@ def residual_units(
             input, unit, statistics=statistics,
             return_statistics=return_statistics if last else units[index + 1][0][0].training,
         )  # fmt: skip
+        ended(index)
         found.append(remembered.known(its_own))
     if None not in found:
         remembered.remember(key, identity_units.joined(found))

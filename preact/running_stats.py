@@ -9,14 +9,18 @@ from torch import Tensor
 
 from .arguments import Norm
 
+_MANY = 1 << 62
+"""Of so many values the biased and the unbiased variance are the same number."""
+
 
 def update_running_stats(
-    norms: Sequence[Norm], statistics: Sequence[Sequence[Tensor]], count: int
+    norms: Sequence[Norm], statistics: Sequence[Sequence[Tensor]], count: int | None
 ) -> None:
     """``running = (1 - momentum) * running + momentum * batch`` of every norm that keeps any.
 
     ``statistics`` are mean and biased variance of each norm's batch, over ``count`` values a
-    channel; running variances are of ``count / (count - 1)`` times as much.
+    channel; running variances are of ``count / (count - 1)`` times as much. Without a ``count``
+    they are that already: reading how many values other processes had would wait for the device.
     """
     running: list[Tensor] = []
     batch: list[Tensor] = []
@@ -28,6 +32,8 @@ def update_running_stats(
             momenta.append(norm.momentum)
     if not momenta:
         return
-    torch.ops.preact.update_running_stats(running, batch, momenta, count)
+    torch.ops.preact.update_running_stats(
+        running, batch, momenta, _MANY if count is None else count
+    )
     if not torch.compiler.is_compiling():  # a list that an op writes keeps no count by itself
         torch.autograd.graph.increment_version(running)

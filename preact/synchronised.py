@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .functional import Norm
 from .reference import accumulate_dtype, per_channel
+from .running_stats import update_running_stats
 
 
 def is_synchronised(bn: nn.Module) -> bool:
@@ -71,10 +72,7 @@ def synchronised_norm(bn: nn.Module, input: Tensor, norm: Norm) -> Norm:
     """
     mean, var, count = _Statistics.apply(input, bn.process_group)
     constant_mean, constant_var = mean.detach(), var.detach()
-    if norm.running_mean is not None and norm.running_var is not None:
-        unbiased = constant_var * (count / (count - 1))
-        norm.running_mean.lerp_(constant_mean.to(norm.running_mean.dtype), norm.momentum)
-        norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
+    update_running_stats([norm], [(constant_mean, constant_var * (count / (count - 1)))], None)
     dtype = accumulate_dtype(input.dtype)
     weight = torch.ones_like(mean) if norm.weight is None else norm.weight.to(dtype)
     bias = torch.zeros_like(mean) if norm.bias is None else norm.bias.to(dtype)

@@ -16,8 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import preact
 from preact.backends import available
+from preact.calls import norm_arguments
 from preact.models import UNITS, PreResNet
+from preact.synchronised import synchronised_norm
 
+from .test_identity_units import Calls
 from .test_training import three_steps
 from .tolerances import assert_same_in_float64
 
@@ -110,3 +113,21 @@ def test_the_report_on_synchronised_norms() -> None:
     report = preact.fuse_(model)
     assert len(report.fused) == 5
     assert not report.skipped
+
+
+def test_running_statistics_are_brought_up_to_date_in_the_one_way(tmp_path: Path) -> None:
+    x = torch.randn(4, 3, 5, 5)
+    bn, expected = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+    bn.process_group = None
+    before = bn.running_mean._version
+    dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with Calls() as calls:
+            synchronised_norm(bn, x, norm_arguments(bn, x))
+    finally:
+        dist.destroy_process_group()
+    expected(x)
+    assert calls.names.count("update_running_stats") == 1
+    assert bn.running_mean._version == before + 1
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(bn, name), getattr(expected, name))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -299,6 +301,26 @@ class TestStage:
             for name, value in step.items():
                 assert torch.equal(value, steps[0][name]), name
         assert ("mean" in steps[0]) == training
+
+    @pytest.mark.parametrize("before", [0, 2], ids=["first call", "remembered"])
+    def test_units_before_one_that_raises_have_counted_the_batch(self, before):
+        stage, x = stage_and_input()
+        one_by_one = copy.deepcopy(stage)
+        for _ in range(before):
+            stage(x)
+        one_by_one.load_state_dict(stage.state_dict())
+        for model in (stage, one_by_one):
+            model[2].conv2 = torch.nn.Conv2d(24, 16, 3, padding=1, bias=False)
+        with pytest.raises(RuntimeError, match="24 channels"):
+            stage(x)
+        with pytest.raises(RuntimeError, match="24 channels"):
+            torch.nn.Sequential(*one_by_one)(x)
+        for (name, found), expected in zip(
+            stage.named_buffers(), one_by_one.buffers(), strict=True
+        ):
+            torch.testing.assert_close(found, expected, msg=name)
+        counted = [int(unit.bn1.num_batches_tracked) for unit in stage]
+        assert counted == [before + 1, before + 1, before]
 
     @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
     def test_without_gradients_nothing_is_held_between_units(self, training):

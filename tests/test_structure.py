@@ -88,6 +88,28 @@ def test_dependencies_point_one_way():
                 assert layer_of(name) <= own, f"{relative} imports {name}"
 
 
+def test_no_two_modules_need_each_other_even_for_types():
+    modules = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
+    needs = {}
+    for name, path in modules.items():
+        nodes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]
+        direct = {node.module for node in nodes if node.level == 1 and node.module}
+        direct |= {a.name for n in nodes if n.level == 1 and not n.module for a in n.names}
+        needs[name] = direct & set(modules)
+    while needs:
+        free = [name for name, of_it in needs.items() if not of_it & set(needs)]
+        assert free, f"in a circle: {sorted(needs)}"
+        for name in free:
+            del needs[name]
+
+
+def test_lines_of_text_outside_tables_are_short():
+    root = PACKAGE.parent
+    for path in [*root.glob("*.md"), *root.glob("benchmarks/*.md")]:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            assert len(line) <= 120 or line.startswith("|"), f"{path.name}:{number}"
+
+
 def test_reference_imports_torch_alone():
     tree = ast.parse((PACKAGE / "reference.py").read_text())
     modules = {
