@@ -39,8 +39,8 @@ class Folds:
 def find_folds(trace: Trace, matches: Matches) -> Folds:
     """What can be folded in evaluation; the prefixes that this takes are removed from ``matches``.
 
-    Dense blocks keep their norms, and so does a norm behind a convolution that runs with the norm
-    before it: a prefix is worth more.
+    Dense blocks keep their norms, and so do a norm that runs with a pooling behind it and one
+    behind a convolution that runs with the norm before it: a prefix is worth more.
     """
     found = Folds()
     matcher = Matcher(trace)
@@ -101,6 +101,8 @@ def _reason(
     conv = norm.args[0] if len(norm.args) == 1 and not norm.kwargs else None
     if not isinstance(conv, Node) or not matcher.is_conv(conv) or len(conv.users) != 1:
         return NOTHING_BEFORE
+    if any(norm is prefix.norm and prefix.pool is not None for prefix in matches.prefixes):
+        return "it runs in one pass with the ReLU and the pooling behind it"
     if any(conv in prefix.convs for prefix in matches.prefixes):
         return "the convolution before it runs with the norm before that"
     before = _module(trace, conv)
