@@ -141,7 +141,7 @@ class Analysis:
         found = find_folds(self.trace, self.matches) if folds else None
         guards = self.trace.guards()
         if found is not None:
-            insert_folds(self.trace.graph, found.folds)
+            insert_folds(self.trace.graph, found.chains)
         rewrite(self.trace.graph, self.matches, save_activation)
         run = to_function(self.trace.graph, original_class(self.block).__name__)
         plan = Plan(self.signature, run, fused, guards)

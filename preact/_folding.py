@@ -14,24 +14,32 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ._matching import Matcher, Matches, norm_reason
 from ._tracing import Trace, is_hooked
 from .folded import ALWAYS, WHERE_FASTER, folded_conv2d
+from .folded_chain import folded_chain
 
 NOTHING_BEFORE = "no convolution that it alone reads stands before it"
 
 
 class Fold(NamedTuple):
     conv: Node
-    norm: Node
+    norm: Node | None
+    """None at the end of a chain, where no norm that can be folded follows."""
     activation: Node | None
     """The ReLU's result, where nothing but it reads the norm's."""
     nodes: list[Node]
+    reader: Node | None = None
+    """The convolution that alone reads the activation."""
+
+    @property
+    def result(self) -> Node:
+        return self.activation or self.norm or self.conv
 
 
 @dataclass
 class Folds:
     """What can be folded in one graph, and why other batch norms cannot."""
 
-    folds: list[Fold] = field(default_factory=list)
-    """Those of single norms; the units' are marked as such."""
+    chains: list[list[Fold]] = field(default_factory=list)
+    """Those outside units, which are marked as such; each reads what the one before it gives."""
     folded: dict[nn.Module, str] = field(default_factory=dict)
     unfolded: dict[nn.Module, str] = field(default_factory=dict)
 
@@ -55,6 +63,7 @@ def find_folds(trace: Trace, matches: Matches) -> Folds:
     for block in matches.dense_blocks:
         taken |= dict.fromkeys(block.nodes, "a dense block's kernels apply it without a pass")
     by_norm = {prefix.norm: prefix for prefix in matches.prefixes}
+    folds: list[Fold] = []
     for norm in trace.graph.nodes:
         module = trace.module(norm)
         if not isinstance(module, _BatchNorm) or module in found.folded:
@@ -69,12 +78,36 @@ def find_folds(trace: Trace, matches: Matches) -> Folds:
         found.folded[module] = ALWAYS
         prefix = by_norm.get(norm)
         if prefix is None:
-            found.folds.append(Fold(conv, norm, None, [conv, norm]))
+            folds.append(Fold(conv, norm, None, [conv, norm]))
             continue
         matches.prefixes.remove(prefix)
         nodes = [conv, norm, *prefix.inside, prefix.activation]
-        found.folds.append(Fold(conv, norm, prefix.activation, nodes))
+        reader = prefix.convs[0] if len(prefix.convs) == 1 else None
+        if reader is not None:
+            nodes += prefix.between
+        folds.append(Fold(conv, norm, prefix.activation, nodes, reader))
+    found.chains = _chains(folds)
+    for chain in found.chains:
+        if len(chain) > 1:
+            norms = [_module(trace, fold.norm) for fold in chain if fold.norm is not None]
+            found.folded.update(dict.fromkeys(norms, WHERE_FASTER))
     return found
+
+
+def _chains(folds: list[Fold]) -> list[list[Fold]]:
+    """Each fold with those that read its result in turn, and a last convolution."""
+    by_conv = {fold.conv: fold for fold in folds}
+    chains: list[list[Fold]] = []
+    inside: set[Node] = set()
+    for fold in folds:  # in the graph's order, so that a chain's first comes first
+        if fold.conv in inside:
+            continue
+        chain = [fold]
+        while (reader := chain[-1].reader) is not None:
+            chain.append(by_conv.get(reader) or Fold(reader, None, None, [reader]))
+            inside.add(reader)
+        chains.append(chain)
+    return chains
 
 
 def _module(trace: Trace, node: Node) -> nn.Module:
@@ -113,13 +146,24 @@ def _reason(
     return "it is in training" if trace.member(norm, "training") else None
 
 
-def insert_folds(graph: Graph, folds: list[Fold]) -> None:
-    """Each where its convolution stands: norm and ReLU read nothing else."""
-    for fold in folds:
-        with graph.inserting_before(fold.conv):
-            modules = [graph.create_node("get_attr", str(n.target)) for n in (fold.conv, fold.norm)]
-            args = (fold.conv.args[0], *modules, fold.activation is not None)
-            result = graph.call_function(folded_conv2d, args)
-        (fold.activation or fold.norm).replace_all_uses_with(result)
-        for node in reversed(fold.nodes):
+def insert_folds(graph: Graph, chains: list[list[Fold]]) -> None:
+    """Each where its first convolution stands: what follows reads nothing else."""
+    for chain in chains:
+        first, last = chain[0], chain[-1]
+        with graph.inserting_before(first.conv):
+            links = [
+                (
+                    graph.create_node("get_attr", str(fold.conv.target)),
+                    fold.norm and graph.create_node("get_attr", str(fold.norm.target)),
+                    fold.activation is not None,
+                )
+                for fold in chain
+            ]
+            if len(chain) > 1:
+                result = graph.call_function(folded_chain, (first.conv.args[0], links))
+            else:
+                result = graph.call_function(folded_conv2d, (first.conv.args[0], *links[0]))
+        last.result.replace_all_uses_with(result)
+        nodes = {node for fold in chain for node in fold.nodes}
+        for node in reversed([node for node in graph.nodes if node in nodes]):
             graph.erase_node(node)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import preact
-from preact import backends, choice, folded_units, plans, tuning
+from preact import backends, choice, folded_choice, plans, tuning
 from preact.backends import cpp
 from preact.device import processor
 
@@ -151,7 +151,7 @@ def choices(device_type: str) -> list[str]:
     found = [f"backend: {chosen} on {device_type}", *choice.describe(device_type)]
     if chosen != "reference":
         found.append(f"plan: {plans.describe(device_type)}")
-    return found + [f"fold: {line}" for line in folded_units.describe() if device_type == "cpu"]
+    return found + [f"fold: {line}" for line in folded_choice.describe() if device_type == "cpu"]
 
 
 def _kept() -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from . import folded, folded_units
+from . import folded, folded_choice
 from ._block import BlockState, FusedBlock
 from ._folding import NOTHING_BEFORE
 from ._matching import is_norm, norm_reason
@@ -52,11 +52,11 @@ def fold_(model: nn.Module) -> FoldReport:
 
     Acts in the blocks that ``fuse_`` fused and in the units and networks of this package. In
     evaluation with gradients off a batch norm that alone reads a convolution's result becomes a
-    scale of its weights, with the ReLU in oneDNN's own pass. Inner norms of full pre-activation
-    units are folded in shapes where that is clearly faster: the first call of each shape measures
-    it on its own operands (10 seconds a process at most to begin another; ``PREACT_TUNE=off``
-    leaves the units as they are), and processes after it remember.
-    Dense blocks keep their norms, whose kernels apply them without a pass.
+    scale of its weights, with the ReLU in oneDNN's own pass. Where kernels of our own compete, in
+    full pre-activation units and where one convolution feeds the next, that is done in shapes for
+    which it is clearly faster: the first call of each shape measures it on its own operands (10
+    seconds a process at most to begin another; ``PREACT_TUNE=off`` leaves those as they are), and
+    processes after it remember. Dense blocks, and poolings behind a norm, keep theirs.
 
     Parameters, buffers and ``state_dict`` stay as they are; training, and evaluation with
     gradients, run unfolded. The folded weights take as much memory again as those they came from.
@@ -92,7 +92,7 @@ def _set_folds(model: nn.Module, folds: bool) -> FoldReport:
         inside = filter(is_norm, module.modules())
         reasons.update(dict.fromkeys(inside, "not an inner norm of a full pre-activation unit"))
     folded.forget(model.modules())
-    report = FoldReport(measured=folded_units.describe())
+    report = FoldReport(measured=folded_choice.describe())
     for module, names in fuser.names.items():
         if not is_norm(module):
             continue
@@ -116,5 +116,5 @@ def _reason(
     if not isinstance(mean, Tensor):
         return "it keeps no running statistics"
     if found[norm] == WHERE_FASTER and mean.device.type != "cpu":
-        return f"in a unit, whose kernels apply it without a pass on {mean.device.type}"
+        return f"in a unit or a chain, which are folded on a CPU alone, not on {mean.device.type}"
     return None

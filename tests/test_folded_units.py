@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import preact
-from preact import folded_units, models, trials, tuning
+from preact import folded_choice, folded_units, models, trials, tuning
 from preact.models import PreActStage, ResidualUnit
 
 from .tolerances import assert_as_good_as_eager
@@ -72,9 +72,9 @@ def as_in_a_new_process(monkeypatch, tmp_path):
     monkeypatch.setenv("PREACT_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("PREACT_TUNE", raising=False)
     for name in ("_known", "_decided"):
-        monkeypatch.setattr(folded_units, name, type(getattr(folded_units, name))())
+        monkeypatch.setattr(folded_choice, name, type(getattr(folded_choice, name))())
     monkeypatch.setattr(tuning, "_chosen", {})
-    monkeypatch.setattr(folded_units, "_budget", trials.Budget(folded_units.SECONDS))
+    monkeypatch.setattr(folded_choice, "_budget", trials.Budget(folded_choice.SECONDS))
 
 
 @pytest.fixture
@@ -90,12 +90,6 @@ def clock(monkeypatch):
 
     monkeypatch.setattr(tuning, "measure", measure)
     return times
-
-
-@pytest.fixture
-def folds(monkeypatch) -> None:
-    """Has units folded whatever that takes."""
-    monkeypatch.setattr(trials, "select_on_cpu", lambda op, key, ways, run, *rest: ways[1])
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -128,7 +122,7 @@ def test_what_is_faster_is_chosen_once_and_remembered(clock, monkeypatch):
     preact.fold_(model)
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
     assert clock["asked"] == 2, "a gain is confirmed"
-    problem, how = next(iter(folded_units._decided.items()))
+    problem, how = next(iter(folded_choice._decided.items()))
     assert "2x8x9x11 float32 channels_last * 2x8x1x1 * 2x2x3x3 * 8x2x1x1 + input" in problem
     assert how == "folded, measured"
     assert f"{problem}: {how}" in str(preact.fold_(model))
@@ -138,7 +132,7 @@ def test_what_is_faster_is_chosen_once_and_remembered(clock, monkeypatch):
         unit(x)
     assert clock["asked"] == 2, "the same shapes in another unit"
     monkeypatch.setattr(tuning, "_chosen", {})
-    monkeypatch.setattr(folded_units, "_known", type(folded_units._known)())
+    monkeypatch.setattr(folded_choice, "_known", type(folded_choice._known)())
     model(x)
     assert clock["asked"] == 2, "in another process"
     model(x[:1])
@@ -154,7 +148,7 @@ def test_units_stay_unfolded(why, clock, monkeypatch):
     if why == "off":
         monkeypatch.setenv("PREACT_TUNE", "off")
     elif why == "no time":
-        folded_units._budget.spent = folded_units.SECONDS
+        folded_choice._budget.spent = folded_choice.SECONDS
     elif "er" in why and why != "deterministic":
         clock["folded"] = 1.2 if why == "slower" else 0.97
     torch.use_deterministic_algorithms(why == "deterministic")

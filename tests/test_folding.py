@@ -10,8 +10,11 @@ import torch
 from torch import nn
 
 import preact
+from preact import trials
 
 from .tolerances import assert_as_good_as_eager
+
+pytestmark = pytest.mark.usefixtures("folds")
 
 
 class Bottleneck(nn.Module):
@@ -130,6 +133,47 @@ def test_copies_and_pickles_stay_folded():
     preact.unfuse_(model)
     assert type(model) is Bottleneck
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("faster", [True, False])
+@torch.no_grad()
+def test_a_chain_is_folded_where_that_is_faster(faster, monkeypatch):
+    asked = []
+
+    def select(op, key, ways, run, *rest):
+        for way in ways:
+            run(way)
+        asked.append(key)
+        return ways[faster]
+
+    monkeypatch.setattr(trials, "select_on_cpu", select)
+    model, x = block(), image()
+    expected = (preact.fuse_(model), model(x))[1]
+    report = preact.fold_(model)
+    for _ in range(2):
+        found = model(x)
+    assert torch.equal(found, expected) != faster
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    (key,) = asked
+    chain = "* 8x6x1x1 bias relu * 8x4x3x3 stride (2, 2) groups 2 relu * 6x8x1x1 "
+    assert chain in key
+    assert all("faster" in entry.reason for entry in report.folded)
+
+
+@torch.no_grad()
+def test_a_chain_ends_in_a_convolution_that_no_norm_follows():
+    layers = [nn.Conv2d(6, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(), nn.Conv2d(8, 6, 3)]
+    model = nn.Sequential(*layers, nn.Tanh()).eval()
+    model[1].running_mean.normal_()
+    expected = model(image())
+    preact.fuse_(model)
+    assert preact.fold_(model).names == ["1"]
+    found = model(image())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(RuntimeError, match="channels"):
+        model(image()[:, :5])
+    model.double()
+    torch.testing.assert_close(model(image().double()), expected.double(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_convolution_stays_with_the_norm_before_it():
