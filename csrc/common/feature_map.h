@@ -26,13 +26,14 @@ struct Chunks {
   int64_t size;
 
   static Chunks of(const FeatureMap& map) {
-    constexpr int64_t kElements = 32768, kMany = 16, kMost = 128, kFewestRows = 128;
+    constexpr int64_t kElements = 32768, kMany = 16, kMost = 128;
+    constexpr int64_t kFewestRows = 256, kRows = 1024;
     const int64_t elements = map.count() * map.channels;
-    // Enough for several threads first, then larger ones: each begins without a mean.
-    const int64_t wanted = std::clamp<int64_t>(elements <= kMany * kElements
-                                                   ? elements / kElements
-                                                   : std::max(elements / (2 * kElements), kMany),
-                                               1, kMost);
+    // Enough for several threads first, then larger ones: each begins without a mean, and one
+    // thread joins the results of all.
+    const int64_t large = std::min(elements / (2 * kElements), map.count() / kRows);
+    const int64_t wanted =
+        std::clamp<int64_t>(std::max(std::min(elements / kElements, kMany), large), 1, kMost);
     const int64_t length = map.channels_last ? map.count() : map.batch;
     const int64_t most = map.channels_last ? ceil_div(length, kFewestRows) : length;
     const int64_t count = std::clamp<int64_t>(
