@@ -13,13 +13,11 @@ import triton.language as tl
 from ._epilogue import store_masked_with_sums, store_with_statistics
 from ._packed import activate
 from ._prologue import (
+    form_gradient,
     in_range,
-    load_coefficients,
-    load_gradient,
     load_masked,
     load_prepared_norm,
     residue_taps,
-    store_formed,
 )
 
 
@@ -179,13 +177,14 @@ def batch_norm_relu_conv2d_backward_input_rows_kernel(
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_GRAD_ACTIVATION: tl.constexpr,
-    FORM_H: tl.constexpr,  # row of the kernel whose taps store the gradient formed, or -1
-    FORM_W: tl.constexpr,
     PRECISION: tl.constexpr,
     CODE: tl.constexpr,  # of ``form``
     KERNEL_ROWS: tl.constexpr,  # that a step takes: 1, or KERNEL_H where it strides by 1
-    SAME: tl.constexpr,  # the gradient is as high as the input, a line of it above each line
+    FLAT: tl.constexpr,  # each row of a class lies over a pixel of the gradient
+    SAME: tl.constexpr,  # so does each of the input's
     EVEN: tl.constexpr,  # no tile has idle columns
+    FORM_M: tl.constexpr,  # pixels and channels of which a pending gradient is formed at once
+    FORM_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -212,21 +211,20 @@ def batch_norm_relu_conv2d_backward_input_rows_kernel(
     corner = ((image * out_height + p) * out_width + w) * out_channels + group * group_out
     p = tl.where((row >= 0) & (row < rows), p, -(2**30))
     inner = tl.arange(0, BLOCK_K)
-    # Within a tile 32 bits count.
+    # Within a tile 32 bits count; what a step adds is the same number for all of its elements.
     in_tile = lane[:, None] * out_channels + inner[None, :]
 
     own = (lane >= dilation_w) & (lane < BLOCK_M - dilation_w) & (row < rows) & (h < height)
-    if FORM_H >= 0:
-        tap_h = (FORM_H - first_h) // period_h
-        reached = (tap_h >= 0) & (tap_h < taps_h) & (first_h + tap_h * period_h == FORM_H)
-        up = base_h - tap_h * back_h
-        store_formed(
+    if PENDING:
+        first = row_tile * results - dilation_w
+        last = tl.where(taps_h > 0, first + BLOCK_M, 0)
+        form_gradient(
             grad_ptr, pending_ptr, coefficients_ptr, formed_ptr,
-            corner + up.to(tl.int64) * out_width * out_channels,
-            own & ((p + up).to(tl.uint32) < out_height),
-            reached & (tl.program_id(0) % column_tiles == 0), group, group_out, out_channels,
-            CODE, EVEN, BLOCK_K,
+            first + tl.minimum(base_h - (taps_h - 1) * back_h, 0) * out_width,
+            last + tl.maximum(base_h, 0) * out_width,
+            rows, group, group_out, out_channels, CODE, EVEN, FORM_M, FORM_K,
         )  # fmt: skip
+        grad_ptr = formed_ptr
 
     left = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     middle = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -236,16 +234,13 @@ def batch_norm_relu_conv2d_backward_input_rows_kernel(
     for _ in range(tl.cdiv(group_out, BLOCK_K) * (taps_h // KERNEL_ROWS)):
         out_channel = block + inner
         out_mask = in_range(out_channel, group_out, EVEN)
-        coefficients = load_coefficients(
-            coefficients_ptr, group * group_out + out_channel, out_channels, out_mask, PENDING
-        )
         weight_row = (group * group_out + out_channel) * (KERNEL_H * 3 * group_in)
         taps = conv_weight_ptr + weight_row[:, None] + column[None, :]
         mask = out_mask[:, None] & column_mask[None, :]
         for kernel_row in tl.static_range(KERNEL_ROWS):
             up = base_h - (tap_h + kernel_row) * back_h
             inside = (p + up).to(tl.uint32) < out_height
-            if SAME:
+            if FLAT:
                 first = row_tile * results - dilation_w + up * out_width
                 tile = tl.cast(first, tl.int64) * out_channels + group * group_out + block
                 offsets = in_tile
@@ -253,10 +248,9 @@ def batch_norm_relu_conv2d_backward_input_rows_kernel(
                 tile = 0
                 offsets = (corner + up.to(tl.int64) * out_width * out_channels)[:, None]
                 offsets += out_channel[None, :]
-            grad = load_gradient(
-                grad_ptr, pending_ptr, tile, offsets, inside, out_mask, coefficients, PENDING, CODE,
-                EVEN,
-            )  # [BLOCK_M, BLOCK_K]  # fmt: skip
+            grad = load_masked(
+                grad_ptr + tile + offsets, inside[:, None], out_mask, EVEN
+            )  # [BLOCK_M, BLOCK_K]
             tap = first_h + (tap_h + kernel_row) * period_h
             left_taps = load_taps(taps, tap * 3, group_in, mask)  # [BLOCK_K, BLOCK_N]
             middle_taps = load_taps(taps, tap * 3 + 1, group_in, mask)
@@ -274,9 +268,10 @@ def batch_norm_relu_conv2d_backward_input_rows_kernel(
     acc += middle
     # Nothing of what follows is begun, and takes registers, while three accumulators live.
     tl.debug_barrier()
+    pixel = row if SAME else (image * height + h) * width + w
     tile = tl.program_id(2) * (tl.num_programs(0) // column_tiles) + row_tile
     store_masked_with_sums(
-        acc, ((image * height + h) * width + w) * channels, own, tile,
+        acc, pixel.to(tl.int64) * channels, own, tile,
         group * group_in + column, column_mask, channels,
         input_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, grad_activation_ptr, grad_z_ptr,
         partial_ptr, eps, HAS_WEIGHT, HAS_BIAS, HAS_GRAD_ACTIVATION,

@@ -75,8 +75,7 @@ def activation_code(dtype: torch.dtype, capability: int) -> str:
 
 
 def gradient_code(dtype: torch.dtype, capability: int) -> str:
-    """Of ``form``: two gradients and values, scale, slope, centre and offset of two channels,
-    halves of a mask."""
+    """Of ``form``: two gradients and values, scale, slope, centre and offset of two channels."""
     kind = _kind(dtype, capability)
     if kind is None:
         return ""
@@ -86,7 +85,7 @@ def gradient_code(dtype: torch.dtype, capability: int) -> str:
         _multiplied(("a", "b"), ("$5", "$6"), ("$9", "$10"), paired),
         _widened(("c", "d"), "$1", half),
         _multiplied(("c", "d"), ("$3", "$4"), ("a", "b"), paired),
-        f"cvt.rn.{half}x2.f32 c, d, c; or.b32 d, $11, $14; and.b32 $0, c, d;",
+        f"cvt.rn.{half}x2.f32 $0, d, c;",
     )
 
 
@@ -116,19 +115,14 @@ def activate(values, mean, scale, bias, inside, PADDED: tl.constexpr, CODE: tl.c
 
 
 @triton.jit
-def form(grad, x, scale, slope, centre, offset, inside, CODE: tl.constexpr):
-    """``scale * grad + slope * (x - centre) + offset`` in the type of ``grad``; nought where a row
-    is not ``inside``, as both maps are there."""
+def form(grad, x, scale, slope, centre, offset, CODE: tl.constexpr):
+    """``scale * grad + slope * (x - centre) + offset`` in the type of ``grad``."""
     if CODE == "":
-        # To multiply what does not vanish by itself takes fewer instructions than to select.
-        one = tl.where(inside, 1.0, 0.0)[:, None]
-        rest = (slope * (x.to(tl.float32) - centre) + offset) * one
+        rest = slope * (x.to(tl.float32) - centre) + offset
         formed = (scale * grad.to(tl.float32) + rest).to(grad.dtype)
     else:
-        low, high = halves(inside)
         formed = tl.inline_asm_elementwise(
-            CODE, "=r,r,r,f,f,f,f,f,f,f,f,r,r,r,r",
-            [grad, x, scale, slope, centre, offset, low, high],
+            CODE, "=r,r,r,f,f,f,f,f,f,f,f", [grad, x, scale, slope, centre, offset],
             dtype=grad.dtype, is_pure=True, pack=2,
         )  # fmt: skip
     return formed

@@ -103,75 +103,65 @@ def load_masked(pointers, row_mask, column_mask, EVEN: tl.constexpr):
 
 
 @triton.jit
-def load_coefficients(coefficients_ptr, channel, channels, mask, PENDING: tl.constexpr):
-    """``[4, channels]`` of a pending gradient for a tile whose columns are channels, or nothing."""
-    scale = tl.full(channel.shape, 0.0, tl.float32)
-    slope = scale
-    centre = scale
-    offset = scale
-    if PENDING:
-        row = coefficients_ptr + channel
-        scale = tl.load(row, mask, other=0.0)
-        slope = tl.load(row + channels, mask, other=0.0)
-        centre = tl.load(row + 2 * channels, mask, other=0.0)
-        offset = tl.load(row + 3 * channels, mask, other=0.0)
+def load_coefficients(coefficients_ptr, channel, channels, mask):
+    """``[4, channels]`` of a pending gradient, for a tile whose columns are channels."""
+    row = coefficients_ptr + channel
+    scale = tl.load(row, mask, other=0.0)
+    slope = tl.load(row + channels, mask, other=0.0)
+    centre = tl.load(row + 2 * channels, mask, other=0.0)
+    offset = tl.load(row + 3 * channels, mask, other=0.0)
     return scale[None, :], slope[None, :], centre[None, :], offset[None, :]
 
 
 @triton.jit
-def load_gradient(
-    grad_ptr,
-    pending_ptr,
-    tile,  # where the tile begins
-    offsets,  # from there
-    inside,  # of the tile's rows
-    channel_mask,  # of its columns, whose coefficients are nought outside
-    coefficients,
-    PENDING: tl.constexpr,
-    CODE: tl.constexpr,
-    EVEN: tl.constexpr,  # all columns are inside
-):
-    """The gradient at ``offsets``, or formed there from its pending parts; nought outside."""
-    grad = load_masked(grad_ptr + tile + offsets, inside[:, None], channel_mask, EVEN)
-    if PENDING:
-        scale, slope, centre, offset = coefficients
-        x = load_masked(pending_ptr + tile + offsets, inside[:, None], channel_mask, EVEN)
-        grad = form(grad, x, scale, slope, centre, offset, inside, CODE)
-    return grad
-
-
-@triton.jit
-def store_formed(
+def form_gradient(
     grad_ptr,
     pending_ptr,
     coefficients_ptr,
     formed_ptr,
-    corner,  # [BLOCK_M]: where each row's first channel of the group lies
-    inside,  # [BLOCK_M]: the rows to store
-    wanted,  # whether this program stores at all
+    first,  # of the positions that the program reads
+    last,
+    positions,  # N * P * Q, at least FORM_M
     group,
     group_out,
     out_channels,
     CODE: tl.constexpr,
     EVEN: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    FORM_M: tl.constexpr,
+    FORM_K: tl.constexpr,
 ):
-    """Forms and stores a pending gradient for whatever kernel comes next.
+    """Forms a pending gradient where the program will read it, for it and for the next kernel.
 
-    Not from the main loop, whose product wants it laid out otherwise: the compiler would form it
-    twice at every tap.
+    Once, instead of at every tap that meets it. Neighbours form what they share too, and store the
+    same there: no program waits for another.
     """
-    for block in range(0, tl.where(wanted, group_out, 0), BLOCK_K):
-        channel = block + tl.arange(0, BLOCK_K)
+    first = tl.maximum(first, 0)
+    last = tl.minimum(last, positions)
+    inner = tl.arange(0, FORM_K)
+    in_tile = tl.arange(0, FORM_M)[:, None] * out_channels + inner[None, :]
+    for block in range(0, group_out, FORM_K):
+        channel = block + inner
         mask = in_range(channel, group_out, EVEN)
-        coefficients = load_coefficients(
-            coefficients_ptr, group * group_out + channel, out_channels, mask, True
+        scale, slope, centre, offset = load_coefficients(
+            coefficients_ptr, group * group_out + channel, out_channels, mask
         )
-        offsets = corner[:, None] + channel[None, :]
-        grad = load_gradient(
-            grad_ptr, pending_ptr, 0, offsets, inside, mask, coefficients, True, CODE, EVEN
-        )
-        tl.store(formed_ptr + offsets, grad, inside[:, None] & mask[None, :])
+        for position in range(first, last, FORM_M):
+            # The last tile overlaps the one before it: a mask of rows takes more instructions.
+            begin = tl.maximum(tl.minimum(position, last - FORM_M), 0)
+            tile = tl.cast(begin, tl.int64) * out_channels + group * group_out + block
+            if EVEN:
+                grad = tl.load(grad_ptr + tile + in_tile)  # [FORM_M, FORM_K]
+                x = tl.load(pending_ptr + tile + in_tile)
+            else:
+                grad = tl.load(grad_ptr + tile + in_tile, mask[None, :])
+                x = tl.load(pending_ptr + tile + in_tile, mask[None, :])
+            formed = form(grad, x, scale, slope, centre, offset, CODE)
+            if EVEN:
+                tl.store(formed_ptr + tile + in_tile, formed)
+            else:
+                tl.store(formed_ptr + tile + in_tile, formed, mask[None, :])
+    # What one thread stored another will load.
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -271,27 +261,13 @@ def rows_apply(
     return kernel[1] == 3 and stride[1] == 1 and padding[1] == dilation[1] <= MOST_ROW_DILATION
 
 
-def covering_taps(
-    size: Sizes,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> tuple[int, int] | None:
-    """A tap from which every pixel of the result reaches one inside the input, or None.
-
-    Backward to the input meets each pixel of the gradient once at that tap.
-    """
-    found = []
-    for axis, (extent, out) in enumerate(
-        ((size.height, size.out_height), (size.width, size.out_width))
-    ):
-        first = [tap * dilation[axis] - padding[axis] for tap in range(kernel[axis])]
-        last = (out - 1) * stride[axis]
-        found.append(
-            next((t for t, low in enumerate(first) if low >= 0 and low + last < extent), -1)
-        )
-    return None if min(found) < 0 else (found[0], found[1])
+def lies_flat(size: Sizes, stride: Sequence[int]) -> bool:
+    """Whether the pixels of a stride's class lie one by one over those of the result, so that what
+    a tap takes a run of them to is a run too."""
+    return all(
+        triton.cdiv(extent, step) == out
+        for extent, out, step in zip(size[:2], size[4:6], stride, strict=True)
+    )
 
 
 def product_configs(
@@ -301,14 +277,15 @@ def product_configs(
     dtype: torch.dtype,
     precision: str,
     capability: int,
-    pending: bool | None = None,
+    gradient: bool = False,
 ) -> tuple[Config, ...]:
     """Tiles worth trying for forward and dgrad, the one to take unmeasured first.
 
     ``columns`` and ``inner`` are channels of a group: of the result, of the sum; ``kernel_rows`` is
-    0 where a tile cannot serve the taps of a row, ``pending`` None in forward. Three accumulators
-    want the large tile of a warp-group's instructions, whose results or operands need no registers
-    of all warps; elsewhere a smaller one keeps them from spilling.
+    0 where a tile cannot serve the taps of a row. A ``gradient``'s tiles are multiplied as they are
+    loaded, an activation's pass through registers. Three accumulators want the large tile of a
+    warp-group's instructions, whose results or operands need no registers of all warps; elsewhere
+    a smaller one keeps them from spilling.
     """
     block_n, block_k = tile_size(columns, 128), tile_size(inner, 64)
     if dtype == torch.float32:
@@ -318,16 +295,16 @@ def product_configs(
             rows = 64 if capability in WARP_GROUP else 32
             return (Config(rows, min(block_n, 32), 16, 4, 2),)
     if capability in TENSOR_MEMORY:
-        return _tensor_memory_configs(block_n, block_k, kernel_rows > 0, dtype, pending)
+        return _tensor_memory_configs(block_n, block_k, kernel_rows > 0, dtype, gradient)
     stages = 2 if capability in LITTLE_SHARED else 3
     each_tap: tuple[Config, ...] = (
         Config(128, block_n, block_k, 4 if block_n <= 32 else 8, stages),
         Config(64, block_n, block_k, 4 if block_n <= 64 or capability in WARP_GROUP else 8, stages),
     )
-    if capability in LITTLE_SHARED and block_n > 64:
-        # ptxas spills some bytes of the wide tile with many rows, or with few warps, on sm_120.
+    if block_n > 64 and (capability in LITTLE_SHARED or (gradient and capability in WARP_GROUP)):
+        # ptxas spills some bytes of the wide tile with many rows, and on sm_120 with few warps.
         each_tap = (
-            Config(64, block_n, block_k, 8, stages),
+            Config(64, block_n, block_k, 4 if capability in WARP_GROUP else 8, stages),
             Config(128, 64, block_k, 8, stages),
         )
     if capability in (86, 89) and dtype == torch.float32:
@@ -336,26 +313,26 @@ def product_configs(
         return each_tap
     narrow = min(block_n, 64)
     if capability in WARP_GROUP:
-        most = 64 if pending is None else 64 // dtype.itemsize
+        most = 64 // dtype.itemsize if gradient else 64
         return (Config(128, narrow, min(block_k, 32, most), 8, 2, 3, kernel_rows), *each_tap)
     # Eight warps would multiply a tile of 64 rows twice.
     return (Config(64, narrow, min(block_k, 32), 4, 3, row_taps=3), *each_tap)
 
 
 def _tensor_memory_configs(
-    block_n: int, block_k: int, by_rows: bool, dtype: torch.dtype, pending: bool | None
+    block_n: int, block_k: int, by_rows: bool, dtype: torch.dtype, gradient: bool
 ) -> tuple[Config, ...]:
     """As few warps, each with as many elements of the prologue, as their registers allow: what a
-    step takes besides, every warp issues. A pending gradient takes two values and four vectors."""
-    elements = (64 if pending is None else 32) * 2 // dtype.itemsize
-    warps = 8 if block_n > 64 or (block_n == 64 and pending is not None) else 4
+    step takes besides, every warp issues. What backward ends with takes the most registers."""
+    elements = (32 if gradient else 64) * 2 // dtype.itemsize
+    warps = 8 if block_n > 64 or (block_n == 64 and gradient) else 4
     threads = 32 * warps
     block_m = 256 if block_n <= 32 and 256 * block_k <= elements * threads else 128
     block_k = min(block_k, elements * threads // block_m)
-    if block_n > 64 and pending is not None:
+    if block_n > 64 and gradient:
         block_k = min(block_k, 32)  # ptxas spills 32 bytes of twice that, or 40
     each_tap = (
-        Config(block_m, block_n, block_k, warps, 3),
+        Config(block_m, block_n, block_k, 4 if block_n <= 64 else 8, 3),
         Config(64, block_n, block_k, 8, 3),
     )
     by_row = Config(block_m, block_n, block_k, warps, 2, row_taps=3)

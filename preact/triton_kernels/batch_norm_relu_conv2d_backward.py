@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._prologue import covering_taps, sizes
+from ._prologue import lies_flat, sizes
 from .batch_norm_relu_conv2d_backward_input import batch_norm_relu_conv2d_backward_input
 from .batch_norm_relu_conv2d_backward_weight import batch_norm_relu_conv2d_backward_weight
 
@@ -34,7 +34,7 @@ def batch_norm_relu_conv2d_backward(
     formed = None
     if pending_input is not None:
         size = sizes(input, conv_weight, stride, padding, dilation, groups)
-        if covering_taps(size, conv_weight.shape[2:], stride, padding, dilation) is not None:
+        if lies_flat(size, stride):
             formed = torch.empty_like(grad_output, memory_format=torch.channels_last)
     grad_z, sum_dz_x, sum_dz = batch_norm_relu_conv2d_backward_input(
         grad_output, *rest, *pending, grad_activation, formed

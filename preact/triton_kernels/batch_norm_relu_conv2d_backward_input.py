@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import device as devices
-from .. import tuning
+from .. import reference, tuning
 from ._conv2d_rows import batch_norm_relu_conv2d_backward_input_rows_kernel
 from ._epilogue import store_masked_with_sums
 from ._maps import check_like, check_vectors
@@ -26,18 +26,17 @@ from ._partials import merge_sums
 from ._prologue import (
     Config,
     channels_last,
-    covering_taps,
     float32_precision,
+    form_gradient,
     in_range,
+    lies_flat,
     like_layout,
-    load_coefficients,
-    load_gradient,
+    load_masked,
     product_configs,
     residue_taps,
     rows_apply,
     shape_class,
     sizes,
-    store_formed,
 )
 
 
@@ -82,13 +81,14 @@ def batch_norm_relu_conv2d_backward_input_kernel(
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_GRAD_ACTIVATION: tl.constexpr,
-    FORM_H: tl.constexpr,  # tap that stores the gradient formed, or -1
-    FORM_W: tl.constexpr,
     PRECISION: tl.constexpr,
     CODE: tl.constexpr,  # of ``form``
     KERNEL_ROWS: tl.constexpr,  # 1
-    SAME: tl.constexpr,  # as in the kernel by rows, where it matters
+    FLAT: tl.constexpr,  # each row of a class lies over a pixel of the gradient
+    SAME: tl.constexpr,  # so does each of the input's
     EVEN: tl.constexpr,  # no tile has idle columns
+    FORM_M: tl.constexpr,  # pixels and channels of which a pending gradient is formed at once
+    FORM_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -121,23 +121,31 @@ def batch_norm_relu_conv2d_backward_input_kernel(
     p = tl.where(valid, p, -(2**30))
     inner = tl.arange(0, BLOCK_K)
 
-    if FORM_H >= 0:
-        tap_h = (FORM_H - first_h) // period_h
-        tap_w = (FORM_W - first_w) // period_w
-        reached = (tap_h >= 0) & (tap_h < taps_h) & (first_h + tap_h * period_h == FORM_H)
-        reached &= (tap_w >= 0) & (tap_w < taps_w) & (first_w + tap_w * period_w == FORM_W)
-        up = base_h - tap_h * back_h
-        left = base_w - tap_w * back_w
-        inside = (p + up).to(tl.uint32) < out_height
-        store_formed(
+    if PENDING:
+        lowest = (base_h - (taps_h - 1) * back_h) * out_width + base_w - (taps_w - 1) * back_w
+        first = row_tile * BLOCK_M
+        last = tl.where(taps_h * taps_w > 0, first + BLOCK_M, 0)
+        form_gradient(
             grad_ptr, pending_ptr, coefficients_ptr, formed_ptr,
-            corner + (up.to(tl.int64) * out_width + left) * out_channels,
-            inside & ((q + left).to(tl.uint32) < out_width),
-            reached & (tl.program_id(0) % column_tiles == 0), group, group_out, out_channels,
-            CODE, EVEN, BLOCK_K,
+            first + tl.minimum(lowest, 0), last + tl.maximum(base_h * out_width + base_w, 0),
+            rows, group, group_out, out_channels, CODE, EVEN, FORM_M, FORM_K,
         )  # fmt: skip
+        grad_ptr = formed_ptr
+
+    # Which taps reach a pixel, a bit each: a test costs a third of comparing.
+    BITS: tl.constexpr = TAPS <= 31
+    reached = tl.zeros((BLOCK_M,), tl.int32)
+    if BITS:
+        for place in tl.static_range(TAPS):
+            y = p + (base_h - (place // KERNEL_W) * back_h)
+            x = q + (base_w - (place % KERNEL_W) * back_w)
+            inside = (y.to(tl.uint32) < out_height) & (x.to(tl.uint32) < out_width)
+            reached += tl.where(inside, 1 << place, 0)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # Within a tile 32 bits count; what a step adds is the same number for all of its elements.
+    in_tile = tl.arange(0, BLOCK_M)[:, None] * out_channels + inner[None, :]
+    in_filters = ((group * group_out + inner) * (TAPS * group_in))[:, None] + column[None, :]
     tap_h = 0
     tap_w = 0
     block = 0
@@ -146,24 +154,26 @@ def batch_norm_relu_conv2d_backward_input_kernel(
         out_mask = in_range(out_channel, group_out, EVEN)
         up = base_h - tap_h * back_h
         left = base_w - tap_w * back_w
-        y = p + up
-        x = q + left
-        inside = (y.to(tl.uint32) < out_height) & (x.to(tl.uint32) < out_width)
-        shift = (up.to(tl.int64) * out_width + left) * out_channels
-        offsets = (corner + shift)[:, None] + out_channel[None, :]
-        coefficients = load_coefficients(
-            coefficients_ptr, group * group_out + out_channel, out_channels, out_mask, PENDING
-        )
-        grad = load_gradient(
-            grad_ptr, pending_ptr, 0, offsets, inside, out_mask, coefficients, PENDING, CODE, EVEN
+        if BITS:
+            inside = (reached & (1 << (tap_h * KERNEL_W + tap_w))) != 0
+        else:
+            y = p + up
+            x = q + left
+            inside = (y.to(tl.uint32) < out_height) & (x.to(tl.uint32) < out_width)
+        if FLAT:
+            first = row_tile * BLOCK_M + up * out_width + left
+            tile = tl.cast(first, tl.int64) * out_channels + group * group_out + block
+            offsets = in_tile
+        else:
+            tile = 0
+            shift = (up.to(tl.int64) * out_width + left) * out_channels
+            offsets = (corner + shift)[:, None] + out_channel[None, :]
+        grad = load_masked(
+            grad_ptr + tile + offsets, inside[:, None], out_mask, EVEN
         )  # [BLOCK_M, BLOCK_K]
-        kernel_h = first_h + tap_h * period_h
-        kernel_w = first_w + tap_w * period_w
-        tap = kernel_h * KERNEL_W + kernel_w
+        tap = (first_h + tap_h * period_h) * KERNEL_W + first_w + tap_w * period_w
         taps = tl.load(
-            conv_weight_ptr
-            + ((group * group_out + out_channel) * (TAPS * group_in) + tap * group_in)[:, None]
-            + column[None, :],
+            conv_weight_ptr + (block * TAPS + tap) * group_in + in_filters,
             out_mask[:, None] & column_mask[None, :],
             other=0.0,
         )  # [BLOCK_K, BLOCK_N]
@@ -176,9 +186,10 @@ def batch_norm_relu_conv2d_backward_input_kernel(
         tap_h = tl.where(next_block, 0, tap_h)
         block = tl.where(next_block, block + BLOCK_K, block)
 
+    pixel = row if SAME else (image * height + h) * width + w
     tile = tl.program_id(2) * (tl.num_programs(0) // column_tiles) + row_tile
     store_masked_with_sums(
-        acc, ((image * height + h) * width + w) * channels, valid, tile,
+        acc, pixel.to(tl.int64) * channels, valid, tile,
         group * group_in + column, column_mask, channels,
         input_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, grad_activation_ptr, grad_z_ptr,
         partial_ptr, eps, HAS_WEIGHT, HAS_BIAS, HAS_GRAD_ACTIVATION,
@@ -206,7 +217,7 @@ def batch_norm_relu_conv2d_backward_input(
     """The op, and two arguments of the composite op alone.
 
     ``grad_activation``, like ``input``, joins before the mask. ``formed``, channels_last and
-    unwritten, takes the gradient that was pending; only where ``covering_taps`` finds one.
+    unwritten, takes the gradient that was pending; only where ``lies_flat``.
     """
     size = sizes(
         input, conv_weight, stride, padding, dilation, groups,
@@ -216,8 +227,14 @@ def batch_norm_relu_conv2d_backward_input(
     check_like("grad_activation", grad_activation, input)
     kernel = tuple(conv_weight.shape[2:])
     precision = float32_precision(input.dtype)
-    pending = None if pending_input is None else channels_last(pending_input)
-    coefficients = None if coefficients is None else coefficients.contiguous()
+    pending = None
+    flat = lies_flat(size, stride)
+    if flat and pending_input is not None and coefficients is not None:
+        pending, coefficients = channels_last(pending_input), coefficients.contiguous()
+        if formed is None:
+            formed = torch.empty_like(grad_output, memory_format=torch.channels_last)
+    else:
+        grad_output = reference.formed_gradient(grad_output, pending_input, coefficients)
     added = None if grad_activation is None else channels_last(grad_activation)
     source, filters, grad = map(channels_last, (input, conv_weight, grad_output))
     grad_z = torch.empty_like(source, memory_format=torch.channels_last)
@@ -227,11 +244,6 @@ def batch_norm_relu_conv2d_backward_input(
     )
     rows = input.size(0) * class_height * class_width
     classes = stride[0] * stride[1]
-    form_h, form_w = -1, -1
-    if formed is not None:
-        found = covering_taps(size, kernel, stride, padding, dilation)
-        assert found is not None
-        form_h, form_w = found
     capability = devices.properties(input.device).capability
     code = gradient_code(input.dtype, capability)
     periods = [s // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
@@ -251,10 +263,12 @@ def batch_norm_relu_conv2d_backward_input(
             grad_z, partial, rows, class_height, class_width, *size, *stride, *padding, *dilation,
             *periods, eps, KERNEL_H=kernel[0], KERNEL_W=kernel[1], PENDING=pending is not None,
             HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
-            HAS_GRAD_ACTIVATION=added is not None, FORM_H=form_h, FORM_W=form_w,
+            HAS_GRAD_ACTIVATION=added is not None,
             PRECISION=precision, CODE=code, KERNEL_ROWS=config.kernel_rows if stride[0] == 1 else 1,
-            SAME=max(stride) == 1 and size[:2] == size[4:6],
+            FLAT=flat, SAME=flat and max(stride) == 1,
             EVEN=size.group_in % config.block_n == 0 and size.group_out % config.block_k == 0,
+            FORM_M=min(config.block_m // 2, 1 << rows.bit_length() - 1),
+            FORM_K=max(math.gcd(size.group_out, 64), config.block_k),
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
@@ -266,7 +280,7 @@ def batch_norm_relu_conv2d_backward_input(
     )
     choices = product_configs(
         size.group_in, size.group_out, by_rows * kernel[0], input.dtype, precision, capability,
-        pending is not None,
+        gradient=True,
     )  # fmt: skip
     op = "batch_norm_relu_conv2d_backward_input"
     config = tuning.select(op, key, choices, launch, input.device)

@@ -86,10 +86,10 @@ class Limits(NamedTuple):
 def floor(row: Mapping[str, object]) -> float:
     """Clocks that issuing a step takes at least, by what the prologue's arithmetic is made of.
 
-    Of the packed prologues' assembly, the elements of the tile that is normalised or formed; of
-    every 16 bytes of a tile, one instruction to fetch them and one for their address; of the
-    normalised tile, one to read and one to write them. Loops, masks, barriers and matrix
-    instructions come on top.
+    Of the packed prologues' assembly, the elements of the tile that is normalised, or formed once
+    for all taps; of every 16 bytes of a tile, one instruction to fetch them and one for their
+    address; of what passes through registers, one to read or to store them. Loops, masks, barriers
+    and matrix instructions come on top.
     """
     arch, kernel = int(str(row["arch"])), str(row["kernel"])
     block_m, block_n, block_k = map(int, str(row["block"]).split("x"))
@@ -97,22 +97,25 @@ def floor(row: Mapping[str, object]) -> float:
     taps = int(str(row["loop_products"])) / (block_m * block_n * block_k)
     rows = max(taps // 3, 1) if kernel.endswith("_rows") else 1
     paired = arch >= _packed.PAIRED
+    # widen, subtract, multiply and add, round with ReLU, clear
+    each = 2.5 if paired else 4.0
     if "weight" in kernel:
         # Three gradients, or one of three taps beside each other, of which the fourth is idle.
         prologue, others = block_n * block_k, block_m * block_k * (taps if taps >= 1 else 1)
+        through = 2 * prologue
+    elif "input" in kernel:
+        case = parsed(str(row["maps"]))
+        steps = case.kernel * (1 if kernel.endswith("_rows") else case.kernel) / rows
+        prologue = block_m * block_k * case.stride**2 / steps
+        # widen, subtract, multiply and add twice, round
+        each = (3.5 if paired else 5.5) if half else (1.5 if paired else 3.0)
+        # Two maps of it are read and one stored; then the product takes it as it is.
+        others, through = 2 * prologue + block_m * block_k * rows + block_n * block_k * taps, 0
     else:
-        prologue = block_m * block_k * rows
-        others = block_n * block_k * taps
-    if "input" in kernel:
-        # widen, subtract, multiply and add twice, round, clear
-        each = (4.0 if paired else 6.0) if half else (2.0 if paired else 4.0)
-        moved = 2 * prologue + others
-    else:
-        # widen, subtract, multiply and add, round with ReLU, clear
-        each = 2.5 if paired else 4.0
-        moved = prologue + others
+        prologue, others = block_m * block_k * rows, block_n * block_k * taps
+        through = 2 * prologue
     of_16_bytes = 8 if half else 4
-    instructions = prologue * each + (2 * moved + 2 * prologue) / of_16_bytes
+    instructions = prologue * each + (2 * (prologue + others) + through) / of_16_bytes
     return instructions / 32 / _PARTS
 
 

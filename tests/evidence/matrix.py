@@ -122,8 +122,8 @@ def _products(kernel: str, bound: dict[str, Any]) -> int:
 
 
 def _forming(binary: Binary, bound: dict[str, Any]) -> str:
-    """Instructions, for each step of the main loop, of the one that stores a pending gradient."""
-    if bound.get("FORM_H", -1) < 0:
+    """Instructions, for each step of the main loop, of the loop that forms a pending gradient."""
+    if not bound.get("PENDING"):
         return ""
     loops = [
         (sum(i.name.startswith("STG") for i in loop.instructions), len(loop.instructions))
@@ -131,13 +131,37 @@ def _forming(binary: Binary, bound: dict[str, Any]) -> str:
         if not loop.tensor_core
     ]
     # The compiler may unroll it: as many blocks to a turn as its stores say, of 16 bytes each.
-    size = bound["BLOCK_M"] * bound["BLOCK_K"] * bound["grad_ptr"].element_size()
+    size = bound["FORM_M"] * bound["FORM_K"] * bound["grad_ptr"].element_size()
     block = max(size // (16 * 32 * binary.num_warps), 1)
     found = [count * block / stores for stores, count in loops if stores]
     assert found, f"no loop of {binary.name} stores a map"
-    taps = bound["KERNEL_H"] * bound["KERNEL_W"]
-    steps = taps // (3 if "_rows_" in binary.name else 1) // bound["KERNEL_ROWS"]
-    return f"{min(found) / steps:.1f}"
+    by_rows = "_rows_" in binary.name
+    turns = steps = 0
+    for residue in itertools.product(range(bound["stride_h"]), range(bound["stride_w"])):
+        high, wide = (
+            _shifts(*(bound[f"{of}_{axis}"] for of in ("stride", "padding", "dilation", "period")),
+                    bound[f"KERNEL_{axis.upper()}"], first)
+            for axis, first in zip("hw", residue, strict=True)
+        )  # fmt: skip
+        if not high or not wide:
+            continue
+        shifts = {h * bound["out_width"] + (0 if by_rows else w) for h in high for w in wide}
+        reach = bound["BLOCK_M"] + max(shifts | {0}) - min(shifts | {0})
+        turns += -(-reach // bound["FORM_M"]) * -(-bound["group_out"] // bound["FORM_K"])
+        taps = len(high) * (1 if by_rows else len(wide)) // bound["KERNEL_ROWS"]
+        steps += taps * -(-bound["group_out"] // bound["BLOCK_K"])
+    return f"{min(found) * turns / steps:.1f}"
+
+
+def _shifts(
+    stride: int, padding: int, dilation: int, period: int, kernel: int, residue: int
+) -> list[int]:
+    """How far from a pixel of that residue the gradients lie that its taps reach."""
+    return [
+        (residue + padding - tap * dilation) // stride
+        for tap in range(kernel)
+        if (residue + padding - tap * dilation) % stride == 0
+    ]
 
 
 def _names(names: set[str]) -> str:

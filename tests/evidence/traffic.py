@@ -23,7 +23,9 @@ class Access:
     """Bytes of an element."""
     loaded: np.ndarray = field(repr=False)
     stored: np.ndarray = field(repr=False)
-    """How often each element was."""
+    """How often each element was, loads of what the program itself stored before left out."""
+    owner: np.ndarray = field(repr=False)
+    """The program that last stored it, or -1."""
 
     @property
     def loads(self) -> int:
@@ -66,6 +68,7 @@ class _Counter:
     def __init__(self) -> None:
         self.finished: list[Traffic] = []
         self.ranges: list[tuple[int, int, Access]] = []
+        self.program = 0
 
     def begin(self, kernel: str, arguments: dict[str, Any]) -> None:
         self.ranges.clear()
@@ -80,7 +83,8 @@ class _Counter:
                 continue
             span = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
             size = value.element_size()
-            access = Access(size, *(np.zeros(span, dtype=np.int32) for _ in range(2)))
+            loaded, stored = (np.zeros(span, dtype=np.int32) for _ in range(2))
+            access = Access(size, loaded, stored, np.full(span, -1, dtype=np.int64))
             tensors[name] = access
             self.ranges.append((start, start + span * size, access))
         self.finished.append(Traffic(kernel, tensors))
@@ -96,6 +100,13 @@ class _Counter:
             if first <= low < last:
                 assert high < last, f"{kind} reaches beyond the tensor it begins in"
                 offsets = (addresses - np.uint64(first)).astype(np.int64) // access.size
+                if kind == "stored":
+                    access.owner[offsets] = self.program
+                else:
+                    owner = access.owner[offsets]
+                    others = (owner >= 0) & (owner != self.program)
+                    assert not others.any(), "a program loads what another one stores"
+                    offsets = offsets[owner < 0]
                 np.add.at(getattr(access, kind), offsets, 1)
                 return
         raise AssertionError(f"{kind}: an address outside every tensor of the kernel")
@@ -106,11 +117,17 @@ def count(call: Callable[[], object]) -> list[Traffic]:
     counter = _Counter()
     execute = interpreter.GridExecutor.__call__
     load, store = _Builder.create_masked_load, _Builder.create_masked_store
+    place = _Builder.set_grid_idx
 
     def executed(self: Any, *args: Any, **kwargs: Any) -> None:
         accepted = {k: v for k, v in kwargs.items() if k in self.arg_names}
         counter.begin(self.fn.__name__, inspect.getcallargs(self.fn, *args, **accepted))
         execute(self, *args, **kwargs)
+
+    def placed(self: Any, x: int, y: int, z: int) -> None:
+        place(self, x, y, z)
+        across, down, _ = self.grid_dim
+        counter.program = x + across * (y + down * z)
 
     def loaded(self: Any, pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
         counter.count("loaded", pointers, mask)
@@ -122,7 +139,9 @@ def count(call: Callable[[], object]) -> list[Traffic]:
 
     with (
         mock.patch.object(interpreter.GridExecutor, "__call__", executed),
-        mock.patch.multiple(_Builder, create_masked_load=loaded, create_masked_store=stored),
+        mock.patch.multiple(
+            _Builder, create_masked_load=loaded, create_masked_store=stored, set_grid_idx=placed
+        ),
     ):
         call()
     return counter.finished
