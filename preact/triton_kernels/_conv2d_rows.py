@@ -114,7 +114,7 @@ def batch_norm_relu_conv2d_rows_kernel(
             pointers = input_ptr + (corner + shift)[:, None] + channel[None, :]
             values = load_masked(pointers, inside[:, None], channel_mask, EVEN)
             activation = activate(
-                values, mean[None, :], scale[None, :], bias[None, :], inside, True, CODE
+                values, mean[None, :], scale[None, :], bias[None, :], inside[:, None], True, CODE
             )  # fmt: skip
             left_taps = load_taps(taps, tap * 3, group_in, mask)  # [BLOCK_K, BLOCK_N]
             middle_taps = load_taps(taps, tap * 3 + 1, group_in, mask)
@@ -181,7 +181,6 @@ def batch_norm_relu_conv2d_backward_input_rows_kernel(
     CODE: tl.constexpr,  # of ``form``
     KERNEL_ROWS: tl.constexpr,  # that a step takes: 1, or KERNEL_H where it strides by 1
     FLAT: tl.constexpr,  # each row of a class lies over a pixel of the gradient
-    SAME: tl.constexpr,  # so does each of the input's
     EVEN: tl.constexpr,  # no tile has idle columns
     FORM_M: tl.constexpr,  # pixels and channels of which a pending gradient is formed at once
     FORM_K: tl.constexpr,
@@ -268,10 +267,9 @@ def batch_norm_relu_conv2d_backward_input_rows_kernel(
     acc += middle
     # Nothing of what follows is begun, and takes registers, while three accumulators live.
     tl.debug_barrier()
-    pixel = row if SAME else (image * height + h) * width + w
     tile = tl.program_id(2) * (tl.num_programs(0) // column_tiles) + row_tile
     store_masked_with_sums(
-        acc, pixel.to(tl.int64) * channels, own, tile,
+        acc, ((image * height + h) * width + w) * channels, own, tile,
         group * group_in + column, column_mask, channels,
         input_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, grad_activation_ptr, grad_z_ptr,
         partial_ptr, eps, HAS_WEIGHT, HAS_BIAS, HAS_GRAD_ACTIVATION,

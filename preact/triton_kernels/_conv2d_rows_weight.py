@@ -1,8 +1,7 @@
 """The weight's gradient three taps wide: one tile of the normalised input serves all three.
 
 Each tap meets the same tile with a gradient that is one dilation on, in place, or one dilation back
-along the row. Their products are three, or with few output channels one, of three gradients beside
-each other: a product of few rows leaves most of a matrix unit, and most warps, idle.
+along the row.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ def batch_norm_relu_conv2d_backward_weight_rows_kernel(
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SAME: tl.constexpr,  # the result is as high as the input, a line of it above each line
-    STACKED: tl.constexpr,  # the taps' results lie below one another in one tile
+    HALVED: tl.constexpr,  # for the kernel by pairs
     EVEN: tl.constexpr,  # no tile has idle channels
     WHOLE: tl.constexpr,  # no tile has idle pixels
     PRECISION: tl.constexpr,
@@ -70,12 +69,8 @@ def batch_norm_relu_conv2d_backward_weight_rows_kernel(
     column_tiles = tl.cdiv(group_in, BLOCK_N)
     tap_h = tl.program_id(0) % KERNEL_H
     tile = tl.program_id(0) // KERNEL_H
-    lane = tl.arange(0, BLOCK_M)
-    # Four in a stack, as a tile's rows are a power of two; the last is idle.
-    BLOCK_O: tl.constexpr = BLOCK_M // 4 if STACKED else BLOCK_M
-    tap_w = lane // BLOCK_O
-    out_channel = (tile // column_tiles) * BLOCK_O + lane % BLOCK_O
-    out_mask = (out_channel < group_out) & (tap_w < 3)
+    out_channel = (tile // column_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    out_mask = out_channel < group_out
     column = (tile % column_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     column_mask = column < group_in
     group = tl.program_id(1)
@@ -111,11 +106,8 @@ def batch_norm_relu_conv2d_backward_weight_rows_kernel(
     right = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     # Within a tile 32 bits count; what a tile adds is the same number for all of its elements.
     in_tile = inner[:, None] * channels + channel[None, :]
-    # Which result a tap takes a position to: one dilation on, the same, one dilation back.
-    on = (1 - tap_w) * dilation_w if STACKED else 0 * lane
-    in_grad = (inner[:, None] + on[None, :]) * out_channels + grad_channel[None, :]
-    # From where an idle tap or channel would take it no result is in the row.
-    on = tl.where(tap_w < 3 if EVEN else out_mask, on, -(2**30))
+    in_grad = inner[:, None] * out_channels + grad_channel[None, :]
+    # A tap takes a position to a result one dilation on, the same, or one dilation back.
     result = tl.cast(first, tl.int64) * out_channels
     result_before = result - dilation_w * out_channels
     result_behind = result + dilation_w * out_channels
@@ -135,26 +127,20 @@ def batch_norm_relu_conv2d_backward_weight_rows_kernel(
             pointers = input_ptr + pixel[:, None] * channels + channel[None, :]
             values = tl.load(pointers, mask, other=0.0)
         activation = activate(
-            values, mean[None, :], scale[None, :], bias[None, :], inside, True, CODE
+            values, mean[None, :], scale[None, :], bias[None, :], inside[:, None], True, CODE
         )  # fmt: skip
 
-        if STACKED:
-            reaches = (x[:, None] + on[None, :]).to(tl.uint32) < width
-            reaches = both(reaches, row_mask[:, None], WHOLE)
-            grad = tl.load(grad_ptr + result + in_grad, reaches, other=0.0)  # [BLOCK_K, BLOCK_M]
-            middle = tl.dot(tl.trans(grad), activation, middle, input_precision=PRECISION)
+        reaches = both(x < right_end, row_mask, WHOLE)[:, None]
+        grad = load_masked(grad_ptr + result_behind + in_grad, reaches, out_mask, EVEN)
+        left = tl.dot(tl.trans(grad), activation, left, input_precision=PRECISION)
+        if WHOLE and EVEN:
+            grad = tl.load(grad_ptr + result + in_grad)  # [BLOCK_K, BLOCK_M]
         else:
-            reaches = both(x < right_end, row_mask, WHOLE)[:, None]
-            grad = load_masked(grad_ptr + result_behind + in_grad, reaches, out_mask, EVEN)
-            left = tl.dot(tl.trans(grad), activation, left, input_precision=PRECISION)
-            if WHOLE and EVEN:
-                grad = tl.load(grad_ptr + result + in_grad)  # [BLOCK_K, BLOCK_M]
-            else:
-                grad = load_masked(grad_ptr + result + in_grad, row_mask[:, None], out_mask, EVEN)
-            middle = tl.dot(tl.trans(grad), activation, middle, input_precision=PRECISION)
-            reaches = both(x >= dilation_w, row_mask, WHOLE)[:, None]
-            grad = load_masked(grad_ptr + result_before + in_grad, reaches, out_mask, EVEN)
-            right = tl.dot(tl.trans(grad), activation, right, input_precision=PRECISION)
+            grad = load_masked(grad_ptr + result + in_grad, row_mask[:, None], out_mask, EVEN)
+        middle = tl.dot(tl.trans(grad), activation, middle, input_precision=PRECISION)
+        reaches = both(x >= dilation_w, row_mask, WHOLE)[:, None]
+        grad = load_masked(grad_ptr + result_before + in_grad, reaches, out_mask, EVEN)
+        right = tl.dot(tl.trans(grad), activation, right, input_precision=PRECISION)
 
         result += BLOCK_K * out_channels
         result_before += BLOCK_K * out_channels
@@ -173,9 +159,6 @@ def batch_norm_relu_conv2d_backward_weight_rows_kernel(
     out = ((tl.program_id(2).to(tl.int64) * out_channels + grad_channel) * KERNEL_H + tap_h) * 3
     mask = out_mask[:, None] & column_mask[None, :]
     partial = partial_ptr + out[:, None] * group_in + column[None, :]
-    if STACKED:
-        tl.store(partial + tap_w[:, None] * group_in, middle, mask)
-    else:
-        tl.store(partial, left, mask)
-        tl.store(partial + group_in, middle, mask)
-        tl.store(partial + 2 * group_in, right, mask)
+    tl.store(partial, left, mask)
+    tl.store(partial + group_in, middle, mask)
+    tl.store(partial + 2 * group_in, right, mask)

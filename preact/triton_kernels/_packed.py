@@ -91,19 +91,19 @@ def gradient_code(dtype: torch.dtype, capability: int) -> str:
 
 @triton.jit
 def halves(inside):
-    """``[BLOCK, 1]`` twice: what a word keeps of its first and of its second element."""
-    return tl.where(inside, 0x0000FFFF, 0)[:, None], tl.where(inside, -65536, 0)[:, None]
+    """What a word keeps of its first and of its second element."""
+    return tl.where(inside, 0x0000FFFF, 0), tl.where(inside, -65536, 0)
 
 
 @triton.jit
 def activate(values, mean, scale, bias, inside, PADDED: tl.constexpr, CODE: tl.constexpr):
     """``relu((values - mean) * scale + bias)`` in the type of ``values``, by every kernel's
-    arithmetic; nought where a row is not ``inside``, which some may not be where PADDED."""
+    arithmetic; nought where not ``inside``, a mask of rows or elements, as may be where PADDED."""
     if CODE == "":
         z = (values.to(tl.float32) - mean) * scale + bias
         if PADDED:
             # A factor takes half the instructions of selecting.
-            z *= tl.where(inside, 1.0, 0.0)[:, None]
+            z *= tl.where(inside, 1.0, 0.0)
         activation = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL).to(values.dtype)
     else:
         low, high = halves(inside | (not PADDED))

@@ -186,8 +186,8 @@ class Config(NamedTuple):
     """Taps along a row that one tile of the input serves: 1, or all three at once."""
     kernel_rows: int = 1
     """Rows of the kernel that one step of the sum takes: 1, or all at once."""
-    stacked: int = 1
-    """Parts of the tile's rows: 4, one for each tap of a row and an idle one, or 1."""
+    pixels: int = 1
+    """Pixels side by side in one row of the weight's sum, where a tile serves all taps: 2, or 1."""
 
 
 class Sizes(NamedTuple):
@@ -291,8 +291,8 @@ def product_configs(
     if dtype == torch.float32:
         block_n, block_k = min(block_n, 64), min(block_k, 32)
         if precision == "ieee":
-            # ptxas spills 8 bytes of 64 rows on some architectures.
-            rows = 64 if capability in WARP_GROUP else 32
+            # ptxas spills 8 bytes of 64 rows on some architectures, in backward of 32.
+            rows = 64 if gradient or capability in WARP_GROUP else 32
             return (Config(rows, min(block_n, 32), 16, 4, 2),)
     if capability in TENSOR_MEMORY:
         return _tensor_memory_configs(block_n, block_k, kernel_rows > 0, dtype, gradient)
@@ -333,7 +333,7 @@ def _tensor_memory_configs(
         block_k = min(block_k, 32)  # ptxas spills 32 bytes of twice that, or 40
     each_tap = (
         Config(block_m, block_n, block_k, 4 if block_n <= 64 else 8, 3),
-        Config(64, block_n, block_k, 8, 3),
+        Config(64, block_n, block_k, 4 if gradient and block_n <= 64 else 8, 3),
     )
     by_row = Config(block_m, block_n, block_k, warps, 2, row_taps=3)
     return (by_row, *each_tap) if by_rows else each_tap

@@ -110,7 +110,7 @@ def batch_norm_relu_conv2d_kernel(
             mean_ptr, scale_ptr, bias_ptr, group * group_in + channel, channel_mask, HAS_BIAS
         )
         activation = activate(
-            values, mean[None, :], scale[None, :], bias[None, :], inside, PADDED, CODE
+            values, mean[None, :], scale[None, :], bias[None, :], inside[:, None], PADDED, CODE
         )  # fmt: skip
         taps = tl.load(
             conv_weight_ptr + conv_weight_row[None, :] + (tap * group_in + channel)[:, None],

@@ -85,7 +85,6 @@ def batch_norm_relu_conv2d_backward_input_kernel(
     CODE: tl.constexpr,  # of ``form``
     KERNEL_ROWS: tl.constexpr,  # 1
     FLAT: tl.constexpr,  # each row of a class lies over a pixel of the gradient
-    SAME: tl.constexpr,  # so does each of the input's
     EVEN: tl.constexpr,  # no tile has idle columns
     FORM_M: tl.constexpr,  # pixels and channels of which a pending gradient is formed at once
     FORM_K: tl.constexpr,
@@ -186,10 +185,9 @@ def batch_norm_relu_conv2d_backward_input_kernel(
         tap_h = tl.where(next_block, 0, tap_h)
         block = tl.where(next_block, block + BLOCK_K, block)
 
-    pixel = row if SAME else (image * height + h) * width + w
     tile = tl.program_id(2) * (tl.num_programs(0) // column_tiles) + row_tile
     store_masked_with_sums(
-        acc, pixel.to(tl.int64) * channels, valid, tile,
+        acc, ((image * height + h) * width + w) * channels, valid, tile,
         group * group_in + column, column_mask, channels,
         input_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, grad_activation_ptr, grad_z_ptr,
         partial_ptr, eps, HAS_WEIGHT, HAS_BIAS, HAS_GRAD_ACTIVATION,
@@ -265,7 +263,7 @@ def batch_norm_relu_conv2d_backward_input(
             HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
             HAS_GRAD_ACTIVATION=added is not None,
             PRECISION=precision, CODE=code, KERNEL_ROWS=config.kernel_rows if stride[0] == 1 else 1,
-            FLAT=flat, SAME=flat and max(stride) == 1,
+            FLAT=flat,
             EVEN=size.group_in % config.block_n == 0 and size.group_out % config.block_k == 0,
             FORM_M=min(config.block_m // 2, 1 << rows.bit_length() - 1),
             FORM_K=max(math.gcd(size.group_out, 64), config.block_k),

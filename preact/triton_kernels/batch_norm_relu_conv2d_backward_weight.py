@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import device as devices
 from .. import reference, tuning
+from ._conv2d_pairs_weight import batch_norm_relu_conv2d_backward_weight_pairs_kernel
 from ._conv2d_rows_weight import batch_norm_relu_conv2d_backward_weight_rows_kernel
 from ._maps import check_vectors
 from ._packed import activate, activation_code
@@ -71,7 +72,7 @@ def batch_norm_relu_conv2d_backward_weight_kernel(
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SAME: tl.constexpr,  # the result has the input's size, and each pixel of it lies above one
-    STACKED: tl.constexpr,  # never here
+    HALVED: tl.constexpr,  # for the kernel by pairs
     EVEN: tl.constexpr,  # no tile has idle channels
     WHOLE: tl.constexpr,  # no tile has idle pixels
     PRECISION: tl.constexpr,
@@ -133,7 +134,7 @@ def batch_norm_relu_conv2d_backward_weight_kernel(
             pointers = input_ptr + pixel[:, None] * channels + channel[None, :]
             values = tl.load(pointers, mask, other=0.0)
         activation = activate(
-            values, mean[None, :], scale[None, :], bias[None, :], inside, PADDED, CODE
+            values, mean[None, :], scale[None, :], bias[None, :], inside[:, None], PADDED, CODE
         )  # fmt: skip
         acc = tl.dot(tl.trans(grad), activation, acc, input_precision=PRECISION)
         q += step_q
@@ -148,10 +149,17 @@ def batch_norm_relu_conv2d_backward_weight_kernel(
     tl.store(partial_ptr + out[:, None] * group_in + column[None, :], acc, mask)
 
 
+def pairs_apply(
+    kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> bool:
+    """Whether the kernel by pairs takes a convolution: 3x3 over maps of equal size."""
+    return tuple(kernel) == (3, 3) and {*stride, *padding, *dilation} == {1}
+
+
 def configs(
-    sizes: Sizes, by_rows: bool, dtype: torch.dtype, precision: str, capability: int
+    sizes: Sizes, by_rows: bool, by_pairs: bool, dtype: torch.dtype, precision: str, capability: int
 ) -> tuple[Config, ...]:
-    """Tiles worth trying, the one to take unmeasured first; ``block_k`` counts pixels."""
+    """Tiles worth trying, the one to take unmeasured first; ``block_k`` counts rows of the sum."""
     block_m, block_n = tile_size(sizes.group_out, 128), tile_size(sizes.group_in, 128)
     block_k = 64
     if dtype == torch.float32:
@@ -168,11 +176,14 @@ def configs(
     )
     if not by_rows:
         return each_tap
-    if block_m <= 32:
-        # Warps share 64 or 128 rows, where with one tap's they would multiply the same.
-        warps = 4 if block_m == 16 or capability in WARP_GROUP else 8
-        pixels = block_k * 32 // block_m
-        return (Config(4 * block_m, narrow, pixels, warps, 2, row_taps=3, stacked=4), *each_tap)
+    if block_m <= 32 and by_pairs:
+        # Warps share 64 or 128 rows, where with one pixel's they would multiply the same.
+        columns = 2 * min(block_n, 32)
+        warps = 4 if block_m * columns <= 1024 or capability in TENSOR_MEMORY else 8
+        # Operands in registers want fewer rows of the sum, what a step takes besides wants more.
+        most = 2048 if capability in TENSOR_MEMORY else 1024 if capability in WARP_GROUP else 512
+        pairs = max(most // block_m * block_k // 64, 16)
+        return (Config(4 * block_m, columns, pairs, warps, 2, pixels=2), *each_tap)
     if capability in WARP_GROUP:
         # A warp group multiplies 64 rows: a second one would share its columns, not its overhead.
         # Where the result lies in tensor memory, one group has registers enough for twice the tile.
@@ -212,21 +223,20 @@ def batch_norm_relu_conv2d_backward_weight(
     precision = float32_precision(input.dtype)
     incoming = reference.formed_gradient(grad_output, pending_input, coefficients)
     source, grad = channels_last(input), channels_last(incoming)
-    rows = input.size(0) * size.out_height * size.out_width
+    lines = input.size(0) * size.out_height
     properties = devices.properties(input.device)
 
     def launch(config: Config) -> Tensor:
-        run = (
-            batch_norm_relu_conv2d_backward_weight_rows_kernel
-            if config.row_taps > 1
-            else batch_norm_relu_conv2d_backward_weight_kernel
-        )
-        block_o = config.block_m // config.stacked
-        tiles = (
-            triton.cdiv(size.group_out, block_o)
-            * triton.cdiv(group_in, config.block_n)
-            * (kernel[0] * kernel[1] // config.row_taps)
-        )
+        run = batch_norm_relu_conv2d_backward_weight_kernel
+        block_o, block_c = config.block_m, config.block_n // config.pixels
+        rows = lines * triton.cdiv(size.out_width, config.pixels)
+        programs = kernel[0] * kernel[1] // config.row_taps
+        if config.pixels > 1:
+            run = batch_norm_relu_conv2d_backward_weight_pairs_kernel
+            block_o, programs = block_o // (2 * config.pixels), 1
+        elif config.row_taps > 1:
+            run = batch_norm_relu_conv2d_backward_weight_rows_kernel
+        tiles = programs * triton.cdiv(size.group_out, block_o) * triton.cdiv(group_in, block_c)
         steps = triton.cdiv(rows, config.block_k)
         splits = min(
             triton.cdiv(2 * properties.multiprocessors, tiles * groups),
@@ -235,15 +245,15 @@ def batch_norm_relu_conv2d_backward_weight(
         )
         steps_per_split = triton.cdiv(steps, max(splits, 1))
         splits = triton.cdiv(steps, steps_per_split)
-        partial = mean.new_empty(splits, conv_weight.numel())
+        partial = mean.new_empty(splits * config.pixels, conv_weight.numel())
         run[(tiles, groups, splits)](
             grad, source, mean, var, weight, bias, partial,
             rows, steps_per_split * config.block_k, *size, *stride, *padding, *dilation, eps,
             KERNEL_H=kernel[0], KERNEL_W=kernel[1], PADDED=max(padding) > 0,
             HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
             SAME=max(stride) == 1 and size[:2] == size[4:6],
-            STACKED=config.stacked > 1,
-            EVEN=size.group_out % block_o == 0 and group_in % config.block_n == 0,
+            HALVED=size.out_width % config.pixels == 0,
+            EVEN=size.group_out % block_o == 0 and group_in % block_c == 0,
             WHOLE=rows % config.block_k == 0,
             PRECISION=precision, CODE=activation_code(input.dtype, properties.capability),
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
@@ -252,8 +262,11 @@ def batch_norm_relu_conv2d_backward_weight(
         return partial
 
     by_rows = rows_apply(kernel, stride, padding, dilation) and precision != "ieee"
-    key = shape_class(rows, size, kernel, stride, by_rows, input.dtype, precision)
-    choices = configs(size, by_rows, input.dtype, precision, properties.capability)
+    by_pairs = by_rows and pairs_apply(kernel, stride, padding, dilation)
+    key = shape_class(
+        lines * size.out_width, size, kernel, stride, by_rows, by_pairs, input.dtype, precision
+    )
+    choices = configs(size, by_rows, by_pairs, input.dtype, precision, properties.capability)
     op = "batch_norm_relu_conv2d_backward_weight"
     config = tuning.select(op, key, choices, launch, input.device)
     summed, _ = merge_sums(launch(config), conv_weight.numel(), conv_weight.dtype)

@@ -97,11 +97,13 @@ def floor(row: Mapping[str, object]) -> float:
     taps = int(str(row["loop_products"])) / (block_m * block_n * block_k)
     rows = max(taps // 3, 1) if kernel.endswith("_rows") else 1
     paired = arch >= _packed.PAIRED
-    # widen, subtract, multiply and add, round with ReLU, clear
+    # widen, subtract, multiply and add, round with ReLU, and clear what is outside
     each = 2.5 if paired else 4.0
     if "weight" in kernel:
-        # Three gradients, or one of three taps beside each other, of which the fourth is idle.
-        prologue, others = block_n * block_k, block_m * block_k * (taps if taps >= 1 else 1)
+        # A gradient for each tap along the row, or for each of the kernel's rows.
+        pairs = kernel.endswith("_pairs")
+        prologue, others = block_n * block_k, block_m * block_k * (3 if pairs else taps)
+        each -= 0.5 if pairs else 0
         through = 2 * prologue
     elif "input" in kernel:
         case = parsed(str(row["maps"]))

@@ -92,7 +92,7 @@ def sample(case: Case, dtype: torch.dtype, device: torch.device, affine: bool = 
 
 
 ROWS = Config(32, 16, 16, 4, 2, row_taps=3)
-STACKED = Config(64, 16, 16, 4, 2, row_taps=3, stacked=4)
+PAIRS = Config(64, 32, 16, 4, 2, pixels=2)
 ROW_CASES = {
     "3x3": CASES["3x3"],
     "no idle column": Case((2, 32, 5, 6), 16, (3, 3), padding=(1, 1)),
@@ -100,6 +100,13 @@ ROW_CASES = {
     "stride down, groups": Case((2, 8, 7, 5), 4, (3, 3), (2, 1), (2, 1), (1, 1), 2),
     "narrower than a dilation": Case((3, 4, 5, 1), 3, (3, 3), padding=(1, 3), dilation=(1, 3)),
 }
+PAIR_CASES = (
+    CASES["3x3"],
+    CASES["groups"],
+    Case((2, 16, 4, 8), 16, (3, 3), padding=(1, 1)),
+    Case((3, 40, 5, 1), 33, (3, 3), padding=(1, 1)),
+)
+"""Lines of whole pairs and of half ones, tiles with and without idle channels and pairs."""
 
 
 @pytest.fixture(autouse=True)
@@ -139,10 +146,11 @@ BACKWARD = [
     *((SMALL, c, torch.float32, i % 2 == 0, i % 3 == 0) for i, c in enumerate(CASES.values())),
     *((ROWS, c, torch.float32, i % 2 == 0, i < 2) for i, c in enumerate(ROW_CASES.values())),
     *((whole_kernels(c), c, torch.float32, True, False) for c in ROW_CASES.values()),
-    *((STACKED, c, torch.float32, False, False) for c in ROW_CASES.values()),
+    *((PAIRS, c, torch.float32, False, False) for c in PAIR_CASES),
     (SMALL, CASES["3x3"], torch.bfloat16, True, True),
     (SMALL, CASES["3x3"], torch.float16, False, False),
     (ROWS, CASES["3x3"], torch.bfloat16, False, True),
+    (PAIRS, CASES["3x3"], torch.bfloat16, False, False),
     (ROWS, CASES["3x3"], torch.float16, True, False),
 ]
 
