@@ -109,8 +109,8 @@ def batch_norm_relu_conv2d_backward_weight_rows_kernel(
     in_grad = inner[:, None] * out_channels + grad_channel[None, :]
     # A tap takes a position to a result one dilation on, the same, or one dilation back.
     result = tl.cast(first, tl.int64) * out_channels
-    result_before = result - dilation_w * out_channels
-    result_behind = result + dilation_w * out_channels
+    before = in_grad - dilation_w * out_channels
+    behind = in_grad + dilation_w * out_channels
     for start in range(first, last, BLOCK_K):
         row_mask = start + inner < last
         if SAME:
@@ -131,7 +131,7 @@ def batch_norm_relu_conv2d_backward_weight_rows_kernel(
         )  # fmt: skip
 
         reaches = both(x < right_end, row_mask, WHOLE)[:, None]
-        grad = load_masked(grad_ptr + result_behind + in_grad, reaches, out_mask, EVEN)
+        grad = load_masked(grad_ptr + result + behind, reaches, out_mask, EVEN)
         left = tl.dot(tl.trans(grad), activation, left, input_precision=PRECISION)
         if WHOLE and EVEN:
             grad = tl.load(grad_ptr + result + in_grad)  # [BLOCK_K, BLOCK_M]
@@ -139,12 +139,10 @@ def batch_norm_relu_conv2d_backward_weight_rows_kernel(
             grad = load_masked(grad_ptr + result + in_grad, row_mask[:, None], out_mask, EVEN)
         middle = tl.dot(tl.trans(grad), activation, middle, input_precision=PRECISION)
         reaches = both(x >= dilation_w, row_mask, WHOLE)[:, None]
-        grad = load_masked(grad_ptr + result_before + in_grad, reaches, out_mask, EVEN)
+        grad = load_masked(grad_ptr + result + before, reaches, out_mask, EVEN)
         right = tl.dot(tl.trans(grad), activation, right, input_precision=PRECISION)
 
         result += BLOCK_K * out_channels
-        result_before += BLOCK_K * out_channels
-        result_behind += BLOCK_K * out_channels
         if SAME:
             above += BLOCK_K * channels
             place = wrapped(place + step_place - top * width, pixels) + top * width
