@@ -18,20 +18,15 @@ from ._prologue import load_norm
 
 @triton.jit
 def store_taps(
-    partial,  # [2, O, KERNEL_H, 3, group_in] of this split
+    partial,  # [..., O, 3, 3, group_in] of this split
     acc,  # [BLOCK_M, BLOCK_N]
-    kernel_row,
-    around,  # [BLOCK_M]: the gradient's pixel, 0 before the pair to 3 behind it
-    second,  # [BLOCK_N]: the pair's pixel
-    out_channel,
-    column,
+    place,  # [BLOCK_M, BLOCK_N]: which of the partial's [group_in] an element belongs to
+    tap,  # and which tap of its row it is: none outside of 0 to 2
+    column,  # [BLOCK_N]
     mask,
-    out_channels,
     group_in,
 ):
-    tap = second[None, :] - around[:, None] + 2
-    place = (second[None, :].to(tl.int64) * out_channels + out_channel[:, None]) * 9
-    pointers = partial + (place + kernel_row * 3 + tap) * group_in + column[None, :]
+    pointers = partial + place.to(tl.int64) * group_in + column[None, :]
     tl.store(pointers, acc, mask & (tap >= 0) & (tap < 3))
 
 
@@ -156,12 +151,8 @@ def batch_norm_relu_conv2d_backward_weight_pairs_kernel(
 
     partial = partial_ptr + tl.program_id(2).to(tl.int64) * (2 * 9) * out_channels * group_in
     mask = out_mask[:, None] & column_mask[None, :]
-    store_taps(
-        partial, above, 0, around, second, grad_channel, column, mask, out_channels, group_in
-    )
-    store_taps(
-        partial, beside, 1, around, second, grad_channel, column, mask, out_channels, group_in
-    )
-    store_taps(
-        partial, below, 2, around, second, grad_channel, column, mask, out_channels, group_in
-    )
+    tap = second[None, :] - around[:, None] + 2
+    place = (second[None, :] * out_channels + grad_channel[:, None]) * 9 + tap
+    store_taps(partial, above, place, tap, column, mask, group_in)
+    store_taps(partial, beside, place + 3, tap, column, mask, group_in)
+    store_taps(partial, below, place + 6, tap, column, mask, group_in)

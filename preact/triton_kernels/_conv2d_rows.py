@@ -70,6 +70,7 @@ def batch_norm_relu_conv2d_rows_kernel(
     CODE: tl.constexpr,  # of ``activate``
     KERNEL_ROWS: tl.constexpr,  # that a step takes: 1, or KERNEL_H
     EVEN: tl.constexpr,  # no tile has idle columns
+    NEAR: tl.constexpr,  # within a tile 32 bits count
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -89,8 +90,15 @@ def batch_norm_relu_conv2d_rows_kernel(
     top = (line % out_height) * stride_h - padding_h
     image = (line // out_height).to(tl.int64)
     corner = ((image * height + top) * width + column_of_image) * channels + group * group_in
+    # That of the tile's first row, as ``corner`` of each.
+    first = row_tile * results - dilation_w
+    line = first // width
+    origin = (line // out_height).to(tl.int64) * height + (line % out_height) * stride_h - padding_h
+    origin = (origin * width + first % width) * channels + group * group_in
+    in_tile = (corner - origin).to(tl.int32 if NEAR else tl.int64)[:, None]
     top = tl.where((row >= 0) & (row < rows), top, -(2**30))
     inner = tl.arange(0, BLOCK_K)
+    in_tile += inner[None, :]
     conv_weight_row = (group * group_out + column) * (KERNEL_H * 3 * group_in)
 
     left = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -110,9 +118,10 @@ def batch_norm_relu_conv2d_rows_kernel(
             tap = (step % STEPS) * KERNEL_ROWS + kernel_row
             down = tap * dilation_h
             inside = (top + down).to(tl.uint32) < height
-            shift = tl.cast(down, tl.int64) * width * channels
-            pointers = input_ptr + (corner + shift)[:, None] + channel[None, :]
-            values = load_masked(pointers, inside[:, None], channel_mask, EVEN)
+            tile = origin + tl.cast(down, tl.int64) * width * channels + step // STEPS * BLOCK_K
+            values = load_masked(
+                input_ptr + tile + in_tile, inside[:, None], channel_mask, EVEN
+            )  # [BLOCK_M, BLOCK_K]
             activation = activate(
                 values, mean[None, :], scale[None, :], bias[None, :], inside[:, None], True, CODE
             )  # fmt: skip

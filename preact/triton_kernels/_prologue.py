@@ -332,7 +332,7 @@ def _tensor_memory_configs(
     if block_n > 64 and gradient:
         block_k = min(block_k, 32)  # ptxas spills 32 bytes of twice that, or 40
     each_tap = (
-        Config(block_m, block_n, block_k, 4 if block_n <= 64 else 8, 3),
+        Config(block_m, block_n, block_k, 8 if block_n > 64 and gradient else 4, 3),
         Config(64, block_n, block_k, 4 if gradient and block_n <= 64 else 8, 3),
     )
     by_row = Config(block_m, block_n, block_k, warps, 2, row_taps=3)

@@ -71,6 +71,7 @@ def batch_norm_relu_conv2d_kernel(
     CODE: tl.constexpr,  # of ``activate``
     KERNEL_ROWS: tl.constexpr,  # 1
     EVEN: tl.constexpr,  # no tile has idle columns
+    NEAR: tl.constexpr,  # within a tile 32 bits count
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -88,24 +89,46 @@ def batch_norm_relu_conv2d_kernel(
     left = (row % out_width) * stride_w - padding_w
     image = (pixel // out_height).to(tl.int64)
     corner = ((image * height + top) * width + left) * channels + group * group_in
+    # That of the tile's first row, as ``corner`` of each.
+    pixel = row_tile * BLOCK_M // out_width
+    origin = (pixel // out_height).to(tl.int64) * height
+    origin += (pixel % out_height) * stride_h - padding_h
+    origin = origin * width + (row_tile * BLOCK_M % out_width) * stride_w - padding_w
+    origin = origin * channels + group * group_in
+    inner = tl.arange(0, BLOCK_K)
+    in_tile = (corner - origin).to(tl.int32 if NEAR else tl.int64)[:, None] + inner[None, :]
     # No tap of a row past the last is inside the image.
     top = tl.where(row < rows, top, -(2**30))
-    inner = tl.arange(0, BLOCK_K)
     conv_weight_row = (group * group_out + column) * (TAPS * group_in)
+    in_filters = conv_weight_row[None, :] + inner[:, None]
+    # Which taps of a row are inside, a bit each: a test costs a third of comparing.
+    BITS: tl.constexpr = TAPS <= 31
+    reached = tl.zeros((BLOCK_M,), tl.int32)
+    if BITS:
+        for place in tl.static_range(TAPS):
+            y = top + (place // KERNEL_W) * dilation_h
+            x = left + (place % KERNEL_W) * dilation_w
+            inside = (y.to(tl.uint32) < height) & (x.to(tl.uint32) < width)
+            reached += tl.where(inside, 1 << place, 0)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(tl.cdiv(group_in, BLOCK_K) * TAPS):
         tap = step % TAPS
         down = (tap // KERNEL_W) * dilation_h
         across = (tap % KERNEL_W) * dilation_w
-        channel = (step // TAPS) * BLOCK_K + inner
+        block = (step // TAPS) * BLOCK_K
+        channel = block + inner
         channel_mask = in_range(channel, group_in, EVEN)
-        y = top + down
-        x = left + across
-        inside = (y.to(tl.uint32) < height) & (x.to(tl.uint32) < width)
-        shift = (down.to(tl.int64) * width + across) * channels
-        pointers = input_ptr + (corner + shift)[:, None] + channel[None, :]
-        values = load_masked(pointers, inside[:, None], channel_mask, EVEN)  # [BLOCK_M, BLOCK_K]
+        if BITS:
+            inside = (reached & (1 << tap)) != 0
+        else:
+            y = top + down
+            x = left + across
+            inside = (y.to(tl.uint32) < height) & (x.to(tl.uint32) < width)
+        tile = origin + (down.to(tl.int64) * width + across) * channels + block
+        values = load_masked(
+            input_ptr + tile + in_tile, inside[:, None], channel_mask, EVEN
+        )  # [BLOCK_M, BLOCK_K]
         mean, scale, bias = load_prepared_norm(
             mean_ptr, scale_ptr, bias_ptr, group * group_in + channel, channel_mask, HAS_BIAS
         )
@@ -113,12 +136,14 @@ def batch_norm_relu_conv2d_kernel(
             values, mean[None, :], scale[None, :], bias[None, :], inside[:, None], PADDED, CODE
         )  # fmt: skip
         taps = tl.load(
-            conv_weight_ptr + conv_weight_row[None, :] + (tap * group_in + channel)[:, None],
+            conv_weight_ptr + (tap * group_in + block) + in_filters,
             in_range(column, group_out, EVEN)[None, :] & channel_mask[:, None],
             other=0.0,
         )  # [BLOCK_K, BLOCK_N]
         acc = tl.dot(activation, taps, acc, input_precision=PRECISION)
 
+    # Nothing of what follows is begun, and takes registers, in the loop.
+    tl.debug_barrier()
     store_with_statistics(
         acc, row, row < rows, tl.minimum(rows - row_tile * BLOCK_M, BLOCK_M), row_tile,
         group * group_out + column, column < group_out, out_channels,
@@ -142,7 +167,8 @@ def batch_norm_relu_conv2d(
     groups: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     size = sizes(input, conv_weight, stride, padding, dilation, groups, residual=residual)
-    rows = input.size(0) * size.out_height * size.out_width
+    out_pixels = size.out_height * size.out_width
+    rows = input.size(0) * out_pixels
     kernel = tuple(conv_weight.shape[2:])
     precision = float32_precision(input.dtype)
     source, filters = channels_last(input), channels_last(conv_weight)
@@ -171,6 +197,7 @@ def batch_norm_relu_conv2d(
             PRECISION=precision, CODE=activation_code(input.dtype, capability),
             KERNEL_ROWS=config.kernel_rows,
             EVEN=size.group_out % config.block_n == 0 and size.group_in % config.block_k == 0,
+            NEAR=(config.block_m // out_pixels + 2) * input[0].numel() < 2**31,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip

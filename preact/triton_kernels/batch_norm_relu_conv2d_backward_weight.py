@@ -17,6 +17,7 @@ from .. import device as devices
 from .. import reference, tuning
 from ._conv2d_pairs_weight import batch_norm_relu_conv2d_backward_weight_pairs_kernel
 from ._conv2d_rows_weight import batch_norm_relu_conv2d_backward_weight_rows_kernel
+from ._conv2d_strided_weight import batch_norm_relu_conv2d_backward_weight_strided_kernel
 from ._maps import check_vectors
 from ._packed import activate, activation_code
 from ._partials import TILES, merge_sums
@@ -150,14 +151,27 @@ def batch_norm_relu_conv2d_backward_weight_kernel(
 
 
 def pairs_apply(
-    kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+    size: Sizes,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
 ) -> bool:
-    """Whether the kernel by pairs takes a convolution: 3x3 over maps of equal size."""
-    return tuple(kernel) == (3, 3) and {*stride, *padding, *dilation} == {1}
+    """Whether pairs of the input's pixels can be rows of the sum: 3x3, and as many of them as of
+    the result's, or with stride 2 exactly twice as many."""
+    if tuple(kernel) != (3, 3) or {*padding, *dilation} != {1} or stride[0] != stride[1]:
+        return False
+    return stride[0] == 1 or (stride[0] == 2 and size[:2] == (2 * size[4], 2 * size[5]))
 
 
 def configs(
-    sizes: Sizes, by_rows: bool, by_pairs: bool, dtype: torch.dtype, precision: str, capability: int
+    sizes: Sizes,
+    stride: int,
+    by_rows: bool,
+    by_pairs: bool,
+    dtype: torch.dtype,
+    precision: str,
+    capability: int,
 ) -> tuple[Config, ...]:
     """Tiles worth trying, the one to take unmeasured first; ``block_k`` counts rows of the sum."""
     block_m, block_n = tile_size(sizes.group_out, 128), tile_size(sizes.group_in, 128)
@@ -174,15 +188,19 @@ def configs(
         Config(block_m, block_n, block_k, 4 if block_m * block_n <= 4096 else 8, stages),
         Config(min(block_m, 64), narrow, block_k, 4, stages),
     )
+    if by_pairs and stride == 2:
+        return (_strided_config(block_m, block_n, block_k // 2, capability), *each_tap)
     if not by_rows:
         return each_tap
     if block_m <= 32 and by_pairs:
         # Warps share 64 or 128 rows, where with one pixel's they would multiply the same.
-        columns = 2 * min(block_n, 32)
+        columns = 2 * min(block_n, 64 // dtype.itemsize)
         warps = 4 if block_m * columns <= 1024 or capability in TENSOR_MEMORY else 8
         # Operands in registers want fewer rows of the sum, what a step takes besides wants more.
-        most = 2048 if capability in TENSOR_MEMORY else 1024 if capability in WARP_GROUP else 512
-        pairs = max(most // block_m * block_k // 64, 16)
+        pairs = 64 if capability in WARP_GROUP else 512 // block_m
+        if capability in TENSOR_MEMORY:
+            pairs = 2048 // block_m
+        pairs = max(pairs * block_k // 64, 16)
         return (Config(4 * block_m, columns, pairs, warps, 2, pixels=2), *each_tap)
     if capability in WARP_GROUP:
         # A warp group multiplies 64 rows: a second one would share its columns, not its overhead.
@@ -195,6 +213,17 @@ def configs(
     block_k = 16 if dtype == torch.float32 else 32
     # Eight warps would multiply a tile of 64 rows twice.
     return (Config(min(block_m, 64), narrow, block_k, 4, 2, row_taps=3), *each_tap)
+
+
+def _strided_config(block_m: int, block_n: int, block_k: int, capability: int) -> Config:
+    """Three accumulators of as many channels as fit where the results lie."""
+    if capability in TENSOR_MEMORY:
+        return Config(2 * min(block_m, 64), 2 * min(block_n, 64), block_k, 4, 2, pixels=2)
+    if capability in WARP_GROUP:
+        return Config(2 * min(block_m, 64), 2 * min(block_n, 32), 2 * block_k, 8, 2, pixels=2)
+    # ptxas spills 8 bytes of more rows of the sum on sm_120.
+    rows, block_k = 2 * min(block_m, 64), 16 if capability in LITTLE_SHARED else block_k
+    return Config(rows, 2 * min(block_n, 32), block_k, 8 if rows > 64 else 4, 2, pixels=2)
 
 
 def batch_norm_relu_conv2d_backward_weight(
@@ -229,11 +258,15 @@ def batch_norm_relu_conv2d_backward_weight(
     def launch(config: Config) -> Tensor:
         run = batch_norm_relu_conv2d_backward_weight_kernel
         block_o, block_c = config.block_m, config.block_n // config.pixels
-        rows = lines * triton.cdiv(size.out_width, config.pixels)
+        rows, partials = lines * size.out_width, 1
         programs = kernel[0] * kernel[1] // config.row_taps
-        if config.pixels > 1:
+        if config.pixels > 1 and stride[0] == 2:
+            run = batch_norm_relu_conv2d_backward_weight_strided_kernel
+            block_o, programs = block_o // 2, 1
+        elif config.pixels > 1:
             run = batch_norm_relu_conv2d_backward_weight_pairs_kernel
-            block_o, programs = block_o // (2 * config.pixels), 1
+            block_o, programs = block_o // 4, 1
+            rows, partials = lines * triton.cdiv(size.out_width, 2), 2
         elif config.row_taps > 1:
             run = batch_norm_relu_conv2d_backward_weight_rows_kernel
         tiles = programs * triton.cdiv(size.group_out, block_o) * triton.cdiv(group_in, block_c)
@@ -245,7 +278,7 @@ def batch_norm_relu_conv2d_backward_weight(
         )
         steps_per_split = triton.cdiv(steps, max(splits, 1))
         splits = triton.cdiv(steps, steps_per_split)
-        partial = mean.new_empty(splits * config.pixels, conv_weight.numel())
+        partial = mean.new_empty(splits * partials, conv_weight.numel())
         run[(tiles, groups, splits)](
             grad, source, mean, var, weight, bias, partial,
             rows, steps_per_split * config.block_k, *size, *stride, *padding, *dilation, eps,
@@ -262,11 +295,13 @@ def batch_norm_relu_conv2d_backward_weight(
         return partial
 
     by_rows = rows_apply(kernel, stride, padding, dilation) and precision != "ieee"
-    by_pairs = by_rows and pairs_apply(kernel, stride, padding, dilation)
+    by_pairs = precision != "ieee" and pairs_apply(size, kernel, stride, padding, dilation)
     key = shape_class(
         lines * size.out_width, size, kernel, stride, by_rows, by_pairs, input.dtype, precision
     )
-    choices = configs(size, by_rows, by_pairs, input.dtype, precision, properties.capability)
+    choices = configs(
+        size, stride[0], by_rows, by_pairs, input.dtype, precision, properties.capability
+    )
     op = "batch_norm_relu_conv2d_backward_weight"
     config = tuning.select(op, key, choices, launch, input.device)
     summed, _ = merge_sums(launch(config), conv_weight.numel(), conv_weight.dtype)

@@ -115,7 +115,7 @@ def row(case: Case, launch: Launch, binary: Binary, default: bool = True) -> dic
 def _products(kernel: str, bound: dict[str, Any]) -> int:
     """Of one step of the main loop, each once: warps that share a tile may multiply it again."""
     tile = bound["BLOCK_M"] * bound["BLOCK_N"] * bound["BLOCK_K"]
-    if "_pairs_" in kernel:
+    if "_pairs_" in kernel or "_strided_" in kernel:
         return tile * 9 // 4
     by_rows = "_rows_" in kernel
     return int(tile * (3 if by_rows else 1) * bound.get("KERNEL_ROWS", 1))

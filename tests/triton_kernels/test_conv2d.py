@@ -105,6 +105,8 @@ PAIR_CASES = (
     CASES["groups"],
     Case((2, 16, 4, 8), 16, (3, 3), padding=(1, 1)),
     Case((3, 40, 5, 1), 33, (3, 3), padding=(1, 1)),
+    Case((2, 16, 8, 12), 16, (3, 3), (2, 2), (1, 1)),
+    Case((3, 20, 6, 10), 18, (3, 3), (2, 2), (1, 1), groups=2),
 )
 """Lines of whole pairs and of half ones, tiles with and without idle channels and pairs."""
 
