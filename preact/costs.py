@@ -56,11 +56,10 @@ MEMORY_SHARE, PRODUCT_SHARE, LAUNCH = 0.85, 0.6, 3e-6
 # takes to issue, at most 1. The worse of 3x3 64->64 and 64->128 in bfloat16, each with the better
 # of its tiles, as benchmarks/results/binaries.csv counts them.
 ISSUE_SHARE = {
-    (80, False): (0.75, 1.0, 0.6, 0.5),
-    (90, True): (1.0, 1.0, 1.0, 0.75),
-    (90, False): (0.35, 0.85, 0.35, 0.25),
-    (100, True): (0.75, 0.85, 0.5, 0.4),
-    (100, False): (0.3, 0.4, 0.2, 0.15),
+    (80, False): (0.8, 1.0, 0.6, 1.0),
+    (90, False): (0.4, 0.85, 0.35, 0.75),
+    (100, True): (0.8, 0.85, 0.5, 0.6),
+    (100, False): (0.3, 0.7, 0.2, 0.55),
 }
 """By compute capability and whether a tile serves the taps of a row: forward, backward to the
 input, to the weight, to the input with a pending gradient; 1 where not named."""
