@@ -91,6 +91,20 @@ def test_nan_and_infinity_pass_as_in_eager(dtype):
         assert torch.equal(output.isinf(), expected.isinf())
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 3, 0, 4)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_empty_maps(dtype, shape, layout):
+    x = arrange(torch.randn(shape).to(dtype), layout)
+    vectors = (torch.ones(shape[1]),) * 4
+    assert all(s.shape == (shape[1],) for s in OPS.batch_norm_stats(x))
+    assert OPS.identity_add(x, x)[0].shape == shape
+    assert OPS.batch_norm_relu(x, *vectors, 1e-5).shape == shape
+    sums = OPS.batch_norm_relu_backward_reduce(x, x, *vectors, 1e-5)
+    assert all(torch.equal(s, torch.zeros(shape[1])) for s in sums)
+    assert OPS.batch_norm_relu_backward_apply(x, x, *vectors, *sums, x, 1e-5).shape == shape
+
+
 @pytest.mark.parametrize("expand", ["sum", "stride"])
 def test_expanded_and_strided_gradients(expand):
     x, _, _, vectors = sample(OPS, (4, 6, 5, 5), torch.float32, "channels_last", True)

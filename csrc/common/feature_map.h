@@ -36,8 +36,9 @@ struct Chunks {
         std::clamp<int64_t>(std::max(std::min(elements / kElements, kMany), large), 1, kMost);
     const int64_t length = map.channels_last ? map.count() : map.batch;
     const int64_t most = map.channels_last ? ceil_div(length, kFewestRows) : length;
-    const int64_t count = std::clamp<int64_t>(
-        map.channels_last ? wanted : ceil_div(wanted, map.channels), 1, std::max<int64_t>(most, 1));
+    const int64_t planes = std::max<int64_t>(map.channels, 1);
+    const int64_t count = std::clamp<int64_t>(map.channels_last ? wanted : ceil_div(wanted, planes),
+                                              1, std::max<int64_t>(most, 1));
     const int64_t size = std::max<int64_t>(ceil_div(length, count), 1);
     return {std::max<int64_t>(ceil_div(length, size), 1), size};
   }

@@ -41,7 +41,7 @@ constexpr int64_t kGrainElements = 32768;
 template <typename Function>
 void parallel_over_map(const FeatureMap& map, const Function& function) {
   const int64_t length = map.channels_last ? map.count() : map.batch * map.channels;
-  const int64_t width = map.channels_last ? map.channels : map.spatial;
+  const int64_t width = std::max<int64_t>(map.channels_last ? map.channels : map.spatial, 1);
   torch::stable::parallel_for(0, length, std::max<int64_t>(kGrainElements / width, 1), function);
 }
 
