@@ -225,8 +225,6 @@ void batch_norm_relu_conv2d_backward_part(const cpu::DirectBackward& task, int64
   const WinogradTiles tiles = WinogradTiles::of(s.out_h, s.out_w);
   float* const gradient =
       task.winograd ? cpu::scratch(cpu::Slot::gradient, cpu::transformed_size(s)) : grad_weight;
-  std::fill_n(gradient, task.winograd ? cpu::transformed_size(s) : cpu::packed_size(s, s.taps()),
-              0.0f);
   for (int64_t block = begin; block < end; ++block) {
     const int64_t in_columns = task.blocks.columns(block, s.in_w);
     const int64_t out_columns = task.blocks.columns(block, s.out_w);
@@ -265,11 +263,11 @@ void batch_norm_relu_conv2d_backward_part(const cpu::DirectBackward& task, int64
                 sums.data(), sum_dz, sum_dz_x);
     }
     if (task.winograd) {
-      winograd_weight_gradient(tiles, staged, task.staged, staged_grad, task.staged_grad, gradient,
-                               ahead);
+      winograd_weight_gradient(tiles, staged, task.staged, staged_grad, task.staged_grad,
+                               block == begin, gradient, ahead);
     } else {
       weight_gradient(task.gather, out_columns, staged, task.staged, staged_grad, task.staged_grad,
-                      gradient, ahead);
+                      block == begin, gradient, ahead);
     }
   }
   if (task.winograd) cpu::transform_weight_gradient(gradient, s, grad_weight);

@@ -163,6 +163,10 @@ void pack_weights(const float* weight, const WeightStrides& strides, const Conv2
             float* const to = packed + (pair * taps + t) * kBlock * kBlock;
             if (rows < kBlock || columns < kBlock) std::fill_n(to, kBlock * kBlock, 0.0f);
             for (int64_t r = 0; r < rows; ++r) {
+              if (out_stride == 1) {
+                std::copy_n(from + r * in_stride, columns, to + r * kBlock);
+                continue;
+              }
               for (int64_t c = 0; c < columns; ++c) {
                 to[r * kBlock + c] = from[r * in_stride + c * out_stride];
               }
@@ -177,7 +181,7 @@ void unpack_weight_gradient(const float* sums, int64_t chunks, const WeightStrid
   const int64_t taps = shape.taps(), size = packed_size(shape, taps);
   const int64_t in_blocks = blocks_of(shape.in_channels);
   const int64_t tiles = blocks_of(shape.out_channels) * in_blocks * taps;
-  constexpr int64_t kGrain = 16;
+  constexpr int64_t kGrain = 2;
   torch::stable::parallel_for(0, tiles, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t t = tile % taps, i = tile / taps % in_blocks * kBlock;

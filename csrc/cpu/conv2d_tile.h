@@ -201,14 +201,15 @@ void direct_map(const Gather& gather, int64_t columns, const float* staged, cons
   }
 }
 
-// Adds grad * input over `rows` x `columns` outputs to sums [INPUTS input channels][16], VECTORS
-// vectors of output channels at a time. They are summed by themselves first: one running sum over
-// all pixels would round worse than the library's.
+// Adds grad * input over `rows` x `columns` outputs to sums [INPUTS input channels][16], or where
+// `fresh` writes it there, VECTORS vectors of output channels at a time. They are summed by
+// themselves first: one running sum over all pixels would round worse than the library's.
 template <int INPUTS, int VECTORS, int STEP>
 __attribute__((noinline)) void direct_weight_tile(const float* input, int64_t input_row,
                                                   const float* grad, int64_t grad_row,
                                                   int64_t grad_block, int64_t rows, int64_t columns,
-                                                  float* sums, int64_t panel, Ahead& ahead) {
+                                                  bool fresh, float* sums, int64_t panel,
+                                                  Ahead& ahead) {
   using P = Pack<float>;
   Ahead::Lines lines = ahead.take(INPUTS * VECTORS * rows * columns, rows * columns);
   FloatVector tile[INPUTS][VECTORS];
@@ -239,7 +240,7 @@ __attribute__((noinline)) void direct_weight_tile(const float* input, int64_t in
 #pragma GCC unroll 2
     for (int v = 0; v < VECTORS; ++v) {
       float* const sum = sums + c * kBlock + lane_offset<P>(v, panel);
-      P::store(sum, P::load(sum) + tile[c][v]);
+      P::store(sum, fresh ? tile[c][v] : P::load(sum) + tile[c][v]);
     }
   }
 }
@@ -247,21 +248,24 @@ __attribute__((noinline)) void direct_weight_tile(const float* input, int64_t in
 template <int VECTORS, int STEP>
 PREACT_INLINE void direct_weight_block(const float* input, int64_t input_row, const float* grad,
                                        int64_t grad_row, int64_t grad_block, int64_t rows,
-                                       int64_t columns, float* sums, int64_t panel, Ahead& ahead) {
+                                       int64_t columns, bool fresh, float* sums, int64_t panel,
+                                       Ahead& ahead) {
   constexpr int kInputs = PREACT_VECTOR_BYTES == 64 ? (VECTORS == 2 ? 8 : 16) : 4;
 #pragma GCC unroll 1
   for (int c = 0; c < kBlock; c += kInputs) {
     direct_weight_tile<kInputs, VECTORS, STEP>(input + c, input_row, grad, grad_row, grad_block,
-                                               rows, columns, sums + c * kBlock, panel, ahead);
+                                               rows, columns, fresh, sums + c * kBlock, panel,
+                                               ahead);
   }
 }
 
-// Adds the weight gradient of one image to sums, packed as the weights are. Bands of rows small
+// Adds the weight gradient of one image to sums, packed as the weights are, or where `fresh` writes
+// it there. Bands of rows small
 // enough for the first-level cache are read again for every tap and channel group.
 template <int STEP>
 void direct_weight_gradient(const Gather& gather, int64_t columns, const float* input,
                             const Staged& input_layout, const float* grad,
-                            const Staged& grad_layout, float* sums, Ahead& ahead) {
+                            const Staged& grad_layout, bool fresh, float* sums, Ahead& ahead) {
   constexpr int64_t kLanes = Pack<float>::lanes, kBandFloats = 6144;
   const auto taps = static_cast<int64_t>(gather.taps.size());
   const int64_t in_blocks = cpu::blocks_of(input_layout.channels);
@@ -282,10 +286,10 @@ void direct_weight_gradient(const Gather& gather, int64_t columns, const float* 
               input + b * input_layout.block_stride() + y * input_row + gather.taps[t];
           if (pair) {
             direct_weight_block<2, STEP>(values, input_row, g, grad_row, grad_layout.block_stride(),
-                                         rows, columns, group, panel, ahead);
+                                         rows, columns, fresh && y == 0, group, panel, ahead);
           } else {
             direct_weight_block<1, STEP>(values, input_row, g, grad_row, grad_layout.block_stride(),
-                                         rows, columns, group, panel, ahead);
+                                         rows, columns, fresh && y == 0, group, panel, ahead);
           }
         }
       }

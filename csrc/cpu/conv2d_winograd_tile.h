@@ -172,10 +172,12 @@ inline void winograd_map(const WinogradTiles& map, const float* staged, const St
   }
 }
 
-// Adds the gradient of the transformed weights of one image to sums.
+// Adds the gradient of the transformed weights of one image to sums, or where `fresh` writes it
+// there.
 inline void winograd_weight_gradient(const WinogradTiles& map, const float* input,
                                      const Staged& input_layout, const float* grad,
-                                     const Staged& grad_layout, float* sums, Ahead& ahead) {
+                                     const Staged& grad_layout, bool fresh, float* sums,
+                                     Ahead& ahead) {
   constexpr int64_t kLanes = Pack<float>::lanes;
   const int64_t most = map.at_once();
   const int64_t in_blocks = cpu::blocks_of(input_layout.channels);
@@ -203,9 +205,11 @@ inline void winograd_weight_gradient(const WinogradTiles& map, const float* inpu
           float* const group =
               sums + p * all + o / kBlock * panel + b * kBlock * kBlock + o % kBlock;
           if (pair) {
-            direct_weight_block<2, kBlock>(values, 0, g, 0, block, 1, tiles, group, panel, ahead);
+            direct_weight_block<2, kBlock>(values, 0, g, 0, block, 1, tiles, fresh && row == 0,
+                                           group, panel, ahead);
           } else {
-            direct_weight_block<1, kBlock>(values, 0, g, 0, block, 1, tiles, group, panel, ahead);
+            direct_weight_block<1, kBlock>(values, 0, g, 0, block, 1, tiles, fresh && row == 0,
+                                           group, panel, ahead);
           }
           o += pair ? 2 * kLanes : kLanes;
         }
