@@ -10,6 +10,8 @@ struct GradSource {
   PREACT_INLINE typename P::reg value(int64_t i, int64_t) const {
     return P::load(grad_output + i);
   }
+  template <typename P>
+  PREACT_INLINE void keep(int64_t, typename P::reg) const {}
 };
 
 // The same where the following norm's backward has yet to be applied:
@@ -25,6 +27,8 @@ struct PendingGradSource {
     return madd(P::load(scale + c), P::load(dz + i),
                 madd(P::load(slope + c), centred, P::load(offset + c)));
   }
+  template <typename P>
+  PREACT_INLINE void keep(int64_t, typename P::reg) const {}
 };
 
 // The same plus what came over the shortcut, written on the way. Where MASK, dz has yet to pass the
@@ -43,11 +47,13 @@ struct CompletedGradSource {
     if constexpr (MASK) {
       dz = where_active(madd(centred, P::load(pending.scale + c), P::load(shift + c)), dz);
     }
-    const auto grad = madd(P::load(pending.scale + c), dz,
-                           madd(P::load(pending.slope + c), centred, P::load(pending.offset + c))) +
-                      P::load(skip + i);
+    return madd(P::load(pending.scale + c), dz,
+                madd(P::load(pending.slope + c), centred, P::load(pending.offset + c))) +
+           P::load(skip + i);
+  }
+  template <typename P>
+  PREACT_INLINE void keep(int64_t i, typename P::reg grad) const {
     P::store(completed + i, grad);
-    return grad;
   }
 };
 

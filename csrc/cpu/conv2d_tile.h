@@ -298,29 +298,52 @@ void direct_weight_gradient(const Gather& gather, int64_t columns, const float* 
   }
 }
 
+// PIXELS pixels of a map, the first at offset `from`, into a staged one. All are read before one is
+// written, so that they share their per-channel values.
+template <int PIXELS, typename Source>
+PREACT_INLINE void stage_pixels(const Source& source, int64_t from, int64_t stride,
+                                int64_t channels, int64_t block_stride, float* to) {
+  using P = Pack<float>;
+  using S = Single<float>;
+  const auto vector = [&]<typename V>(V, int64_t c, float* place) {
+    typename V::reg values[PIXELS];
+#pragma GCC unroll 4
+    for (int p = 0; p < PIXELS; ++p) {
+      values[p] = source.template value<V>(from + p * stride + c, c);
+    }
+#pragma GCC unroll 4
+    for (int p = 0; p < PIXELS; ++p) {
+      V::store(place + p * kBlock, values[p]);
+      source.template keep<V>(from + p * stride + c, values[p]);
+    }
+  };
+  int64_t c = 0;
+  for (; c + kBlock <= channels; c += kBlock, to += block_stride) {
+#pragma GCC unroll 4
+    for (int64_t lane = 0; lane < kBlock; lane += P::lanes) vector(P{}, c + lane, to + lane);
+  }
+  for (; c + P::lanes <= channels; c += P::lanes, to += P::lanes) vector(P{}, c, to);
+  for (; c < channels; ++c, ++to) vector(S{}, c, to);
+}
+
 // Writes a map [height][width][channels], `stride` elements between pixels, into a staged one, each
-// value as Source gives it: value<P>(i, c) for the elements from offset i on, channels from c on.
+// value as Source gives it: value<P>(i, c) for the elements from offset i on, channels from c on,
+// and then keep<P>(i, value).
 template <typename Source>
 void stage(const Source source, int64_t height, int64_t width, int64_t stride, const Staged& layout,
            float* staged) {
-  using P = Pack<float>;
-  using S = Single<float>;
+  constexpr int kTogether = 4;
   const int64_t channels = layout.channels, block_stride = layout.block_stride();
   for (int64_t y = 0; y < height; ++y) {
-    for (int64_t x = 0; x < width; ++x) {
-      const int64_t from = (y * width + x) * stride;
-      float* to = staged + layout.origin() + (y * layout.columns + x) * kBlock;
-      int64_t c = 0;
-      for (; c + kBlock <= channels; c += kBlock, to += block_stride) {
-#pragma GCC unroll 4
-        for (int64_t lane = 0; lane < kBlock; lane += P::lanes) {
-          P::store(to + lane, source.template value<P>(from + c + lane, c + lane));
-        }
-      }
-      for (; c + P::lanes <= channels; c += P::lanes, to += P::lanes) {
-        P::store(to, source.template value<P>(from + c, c));
-      }
-      for (; c < channels; ++c, ++to) *to = source.template value<S>(from + c, c);
+    float* const row = staged + layout.origin() + y * layout.columns * kBlock;
+    int64_t x = 0;
+    for (; x + kTogether <= width; x += kTogether) {
+      stage_pixels<kTogether>(source, (y * width + x) * stride, stride, channels, block_stride,
+                              row + x * kBlock);
+    }
+    for (; x < width; ++x) {
+      stage_pixels<1>(source, (y * width + x) * stride, stride, channels, block_stride,
+                      row + x * kBlock);
     }
   }
 }
@@ -336,4 +359,6 @@ struct ActivationSource {
     const auto z = regs.z(P::load(input + i) - regs.mean);
     return where_active(z, z);
   }
+  template <typename P>
+  PREACT_INLINE void keep(int64_t, typename P::reg) const {}
 };
