@@ -92,7 +92,7 @@ def test_nan_and_infinity_pass_as_in_eager(dtype):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 3, 0, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 3, 0, 4), (2, 0, 4, 4)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_empty_maps(dtype, shape, layout):
     x = arrange(torch.randn(shape).to(dtype), layout)
@@ -103,6 +103,16 @@ def test_empty_maps(dtype, shape, layout):
     sums = OPS.batch_norm_relu_backward_reduce(x, x, *vectors, 1e-5)
     assert all(torch.equal(s, torch.zeros(shape[1])) for s in sums)
     assert OPS.batch_norm_relu_backward_apply(x, x, *vectors, *sums, x, 1e-5).shape == shape
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(4, 200, 1, 1), (1, 200, 2, 2), (2, 200, 3, 3)], ids=str)
+def test_statistics_of_a_few_values_lose_no_digits(shape, layout):
+    torch.manual_seed(0)
+    x = arrange(torch.randn(shape) * 2 + 1, layout)
+    exact = torch.var(x.double(), (0, 2, 3), unbiased=False)
+    error = ((OPS.batch_norm_stats(x)[1].double() - exact) / exact).abs().max()
+    assert error < 3 * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("expand", ["sum", "stride"])

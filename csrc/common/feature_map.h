@@ -49,7 +49,7 @@ struct Chunks {
   }
   // A task's rows, or images: [begin, end).
   int64_t begin(const FeatureMap& map, int64_t task) const {
-    return (map.channels_last ? task : task / map.channels) * size;
+    return (map.channels_last ? task : task / std::max<int64_t>(map.channels, 1)) * size;
   }
   int64_t end(const FeatureMap& map, int64_t task) const {
     return std::min(begin(map, task) + size, map.channels_last ? map.count() : map.batch);

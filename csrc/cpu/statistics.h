@@ -5,8 +5,14 @@
 // no mean yet and is read twice, from the cache.
 
 // Values per channel between two merges into double precision. The first tile is shorter, so that
-// its second read comes from the cache and costs little.
+// its second read comes from the cache and costs little; of a few values it is all: the mean of one
+// or two of them as the shift would cost the variance some of its last digits.
 constexpr int64_t kFirstShare = 16;  // of a tile
+constexpr int64_t kFew = 32;
+
+inline int64_t first_share(int64_t tile) {
+  return std::min(tile, std::max(ceil_div(tile, kFirstShare), kFew));
+}
 constexpr int64_t kTileRows = 512;
 constexpr int64_t kTileElements = 8192;  // the same within one channel's planes
 
@@ -103,7 +109,7 @@ class ChunkStatistics {
   void rows(int64_t begin, int64_t end) {
     for (int64_t row = begin, stop; row < end; row = stop) {
       const int64_t tile = std::min(end - row, kTileRows);
-      stop = row + (count_ > 0 ? tile : ceil_div(tile, kFirstShare));
+      stop = row + (count_ > 0 ? tile : first_share(tile));
       sweep_rows<T>(StatisticsPass<T, Source>{source_, sums_}, row, stop, channels_, stride_);
       if (count_ == 0) {
         shift_to_mean(stop - row);
@@ -174,7 +180,7 @@ void plane_statistics(Source source, Again again, int64_t first, int64_t images,
     for (int64_t from = 0, part; from < length; from += part) {
       part = std::min(length - from, kTileElements);
       const int64_t tile = part * (stop - image);
-      const int64_t guess = count > 0 ? 0 : std::min(part, ceil_div(tile, kFirstShare));
+      const int64_t guess = count > 0 ? 0 : std::min(part, first_share(tile));
       for (int64_t i = image; i < stop; ++i) {
         for (int64_t c = 0; c < channels; ++c) {
           const int64_t at = first + i * stride + c * length + from;
