@@ -111,8 +111,7 @@ inline void check_conv2d_backward(const Tensor& grad_output, const Tensor& input
 template <size_t kResults, typename... Arguments>
 auto run_reference(const char* op, const Arguments&... arguments) {
   std::array<StableIValue, sizeof...(Arguments)> stack{torch::stable::detail::from(arguments)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher(op, "reference", stack.data(), TORCH_ABI_VERSION));
+  PREACT_CHECK_CALL(torch_call_dispatcher(op, "reference", stack.data(), TORCH_ABI_VERSION));
   return [&]<size_t... kIndex>(std::index_sequence<kIndex...>) {
     return std::make_tuple(torch::stable::detail::to<Tensor>(stack[kIndex])...);
   }(std::make_index_sequence<kResults>{});

@@ -11,6 +11,13 @@
 
 #include "common/feature_map.h"
 
+// Throws where a call of PyTorch's C interface fails; torch 2.10 has not the check that tells why.
+#ifdef STABLE_TORCH_ERROR_CODE_CHECK
+#define PREACT_CHECK_CALL(call) STABLE_TORCH_ERROR_CODE_CHECK(call)
+#else
+#define PREACT_CHECK_CALL(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 namespace preact {
 
 using torch::headeronly::MemoryFormat;
@@ -91,17 +98,17 @@ inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, int32_t type
     for (int64_t dim = dims - 1; dim >= 0; --dim) place(dim);
   }
   int32_t device_type = 0, device_index = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(device_of.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(device_of.get(), &device_index));
+  PREACT_CHECK_CALL(aoti_torch_get_device_type(device_of.get(), &device_type));
+  PREACT_CHECK_CALL(aoti_torch_get_device_index(device_of.get(), &device_index));
   AtenTensorHandle created = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.data(), strides.data(), type,
-                                                         device_type, device_index, &created));
+  PREACT_CHECK_CALL(aoti_torch_empty_strided(dims, sizes.data(), strides.data(), type, device_type,
+                                             device_index, &created));
   return Tensor(created);
 }
 
 inline int32_t type_number(const Tensor& tensor) {
   int32_t type = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &type));
+  PREACT_CHECK_CALL(aoti_torch_get_dtype(tensor.get(), &type));
   return type;
 }
 

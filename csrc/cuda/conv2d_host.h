@@ -59,8 +59,7 @@ Matrix<T> matrix(const OptionalTensor& tensor, int64_t columns) {
 // Whether the user lets convolutions of float32 multiply in TF32.
 inline bool allows_tf32() {
   StableIValue result = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("preact::allows_tf32", "", &result, TORCH_ABI_VERSION));
+  PREACT_CHECK_CALL(torch_call_dispatcher("preact::allows_tf32", "", &result, TORCH_ABI_VERSION));
   return torch::stable::detail::to<bool>(result);
 }
 
