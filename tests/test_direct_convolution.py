@@ -201,3 +201,40 @@ def test_a_batch_that_leaves_threads_idle_keeps_the_library():
             assert cpp.occupies_threads(x, pointwise, pointwise_geometry, "forward")
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_of_threads_that_share_evenly_agree_and_others_nearly(kernel, dtype):
+    """Sums of the gradients are one a chunk, and chunks are as many as threads share evenly."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator)
+
+    x, grad = (random(40, 32, 8, 8).contiguous(memory_format=CHANNELS_LAST) for _ in range(2))
+    vectors = (0.1 * random(32), random(32).square() + 0.5, random(32), random(32))
+    geometry = ([1, 1], [kernel // 2] * 2, [1, 1], 1)
+    given = [x.to(dtype), *vectors, 1e-5, (0.1 * random(32, 32, kernel, kernel)).to(dtype)]
+    threads = torch.get_num_threads()
+    found = {}
+    try:
+        for count in (1, 2, 4, 5, 8, 16, 20, 32, 48):
+            torch.set_num_threads(count)
+            forward = OPS.batch_norm_relu_conv2d(*given, None, None, *geometry)
+            found[count] = [
+                *forward,
+                *OPS.batch_norm_relu_conv2d_backward(grad.to(dtype), *given, None, *geometry),
+            ]
+    finally:
+        torch.set_num_threads(threads)
+    maps = (0, 3)  # the result, and the masked gradient
+    for count, results in found.items():
+        for index, (first, result) in enumerate(zip(found[1], results, strict=True)):
+            if count in (2, 4, 8, 16) or index in maps:
+                assert torch.equal(first, result), (count, index)
+            else:
+                rtol = 1e-5 if first.dtype == torch.float32 else 1e-2
+                torch.testing.assert_close(result, first, rtol=rtol, atol=1e-4)
+    if kernel == 3 and dtype == torch.float32:  # of more weights there were 16 chunks
+        assert not torch.equal(found[1][-1], found[32][-1])

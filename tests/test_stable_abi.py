@@ -22,8 +22,8 @@ IN_TORCH_2_10 = {
     "torch::headeronly::detail::fp16_ieee_to_fp32_value", "torch::stable::Tensor",
     "torch::stable::accelerator::DeviceGuard", "torch::stable::clone", "torch::stable::contiguous",
     "torch::stable::copy_", "torch::stable::detail::from", "torch::stable::detail::to",
-    "torch::stable::empty", "torch::stable::narrow", "torch::stable::parallel_for",
-    "torch::stable::to",
+    "torch::stable::empty", "torch::stable::get_num_threads", "torch::stable::narrow",
+    "torch::stable::parallel_for", "torch::stable::to",
 }  # fmt: skip
 HEADERS_OF_TORCH_2_10 = {
     "torch/csrc/inductor/aoti_torch/c/shim.h", "torch/csrc/stable/accelerator.h",

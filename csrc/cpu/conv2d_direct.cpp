@@ -8,6 +8,8 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include "common/feature_map.h"
+
 namespace preact::cpu {
 namespace {
 
@@ -105,6 +107,22 @@ DirectBlocks DirectBlocks::of(const Conv2dShape& shape) {
   flat.in_h = flat.out_h = 1;
   flat.in_w = flat.out_w = size;
   return {flat, flat.batch * size - pixels};
+}
+
+BlockChunks::BlockChunks(const Conv2dShape& shape, int64_t most)
+    : count(std::min(shape.batch, most)), blocks(shape.batch) {
+  const int64_t threads = torch::stable::get_num_threads();
+  if (7 * longest(threads) <= 8 * ceil_div(blocks, threads)) return;
+  count = std::min(blocks, std::max<int64_t>(most / threads, 1) * threads);
+}
+
+int64_t BlockChunks::longest(int64_t threads) const {
+  const int64_t each = ceil_div(count, threads);  // as parallel_for divides them
+  int64_t result = 0;
+  for (int64_t chunk = 0; chunk < count; chunk += each) {
+    result = std::max(result, begin(std::min(chunk + each, count)) - begin(chunk));
+  }
+  return result;
 }
 
 float* scratch(Slot slot, int64_t size) {

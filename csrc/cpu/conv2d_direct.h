@@ -71,16 +71,19 @@ struct DirectBlocks {
   }
 };
 
-// Blocks are grouped into chunks by shape alone, never by thread count, and each chunk has sums of
-// its own, so that a result is the same on any number of threads. Chunks differ by one block at
-// most, lest a thread waits for another.
+// Each chunk of blocks has sums of its own, added up in order. There are `most` where threads share
+// them evenly, so that a result is the same on 1, 2, 4, 8 or 16 of them, and else as many as they
+// do share evenly. Chunks differ by one block at most, lest a thread waits for another.
 struct BlockChunks {
   int64_t count, blocks;
 
-  BlockChunks(const Conv2dShape& shape, int64_t most)
-      : count(shape.batch < most ? shape.batch : most), blocks(shape.batch) {}
+  BlockChunks(const Conv2dShape& shape, int64_t most);
   int64_t begin(int64_t chunk) const { return chunk * blocks / count; }
   int64_t end(int64_t chunk) const { return begin(chunk + 1); }
+
+ private:
+  // Blocks of the thread that has most of them.
+  int64_t longest(int64_t threads) const;
 };
 
 // A buffer of this thread's own, aligned to cache lines and kept from call to call. What it holds
