@@ -12,7 +12,6 @@ std::tuple<Tensor, Tensor> direct(const Tensor& input, const Affine<float>& affi
                                   const Tensor& conv_weight, const OptionalTensor& bias,
                                   const OptionalTensor& residual, const Conv2dShape& shape,
                                   const Tensor& output) {
-  constexpr int64_t kMostChunks = 64;
   DirectForward task;
   task.blocks = DirectBlocks::of(shape);
   const Conv2dShape& blocks = task.blocks.shape;
@@ -40,7 +39,7 @@ std::tuple<Tensor, Tensor> direct(const Tensor& input, const Affine<float>& affi
   task.input_stride = pixel_stride(input);
   task.output_stride = pixel_stride(output);
 
-  const BlockChunks chunks(blocks, kMostChunks);
+  const auto chunks = BlockChunks::of_result(blocks);
   Partials partials(chunks.count, shape.out_channels);
   const auto part = PREACT_SELECT(batch_norm_relu_conv2d_part, float);
   torch::stable::parallel_for(0, chunks.count, 1, [&](int64_t begin, int64_t end) {

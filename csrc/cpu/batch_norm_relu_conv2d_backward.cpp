@@ -40,8 +40,6 @@ void direct(DirectBackward task, const Tensor& grad_output, const Tensor& input,
             const OptionalTensor& pending_input, const OptionalTensor& coefficients,
             const std::optional<UnitAfter>& after, const Conv2dShape& shape,
             const ConvGradients& found) {
-  // A chunk's sums of a large weight cost more than its blocks are worth to another thread.
-  constexpr int64_t kSmallWeight = 8192, kMostChunks = 64, kMostLargeChunks = 16;
   task.blocks = DirectBlocks::of(shape);
   const Conv2dShape& blocks = task.blocks.shape;
   task.winograd = has_winograd(blocks);
@@ -74,7 +72,7 @@ void direct(DirectBackward task, const Tensor& grad_output, const Tensor& input,
   DirectAbove above;
   if (after) complete(*after, above, task);
 
-  const BlockChunks chunks(blocks, size <= kSmallWeight ? kMostChunks : kMostLargeChunks);
+  const auto chunks = BlockChunks::of_gradients(blocks, size);
   float* const sums = scratch(Slot::sums, chunks.count * size);
   const int64_t channels = shape.in_channels;
   std::vector<double> sum_dz(chunks.count * channels), sum_dz_x(chunks.count * channels);

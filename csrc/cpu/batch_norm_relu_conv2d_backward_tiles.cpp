@@ -46,16 +46,12 @@ TileAbove compute_again(const UnitAfter& after, Conv2dShape shape) {
 }
 
 }  // namespace
-#endif
 
 void tiled_backward(const Tensor& grad_output, const Tensor& input, const Affine<float>& affine,
                     const Tensor& conv_weight, const OptionalTensor& grad_activation,
                     const OptionalTensor& grad_skip, const OptionalTensor& pending_input,
                     const OptionalTensor& coefficients, const std::optional<UnitAfter>& after,
                     const Conv2dShape& shape, const ConvGradients& found) {
-#if PREACT_AMX
-  // A chunk's sums of a large weight cost more than its blocks are worth to another thread.
-  constexpr int64_t kSmallWeight = 8192, kMostChunks = 64, kMostLargeChunks = 16;
   const DirectBlocks direct = DirectBlocks::of(shape);
   const Conv2dShape& blocks = direct.shape;
   const Staged staged = stage_input(blocks), staged_grad = stage_grad_output(blocks);
@@ -114,7 +110,7 @@ void tiled_backward(const Tensor& grad_output, const Tensor& input, const Affine
   }
 
   const int64_t size = weight_sums(blocks), channels = shape.in_channels;
-  const BlockChunks chunks(blocks, size <= kSmallWeight ? kMostChunks : kMostLargeChunks);
+  const auto chunks = BlockChunks::of_gradients(blocks, size);
   float* const sums = scratch(Slot::sums, chunks.count * size);
   std::vector<double> sum_dz(chunks.count * channels), sum_dz_x(chunks.count * channels);
   torch::stable::parallel_for(0, chunks.count, 1, [&](int64_t begin, int64_t end) {
@@ -126,9 +122,15 @@ void tiled_backward(const Tensor& grad_output, const Tensor& input, const Affine
     unpack_weight_sums(sums, chunks.count, weight_strides(found.grad_conv_weight), blocks,
                        mutable_data<decltype(type)>(found.grad_conv_weight));
   });
+}
 #else
+
+void tiled_backward(const Tensor&, const Tensor&, const Affine<float>&, const Tensor&,
+                    const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                    const OptionalTensor&, const std::optional<UnitAfter>&, const Conv2dShape&,
+                    const ConvGradients&) {
   STD_TORCH_CHECK(false, "built without tile registers");
-#endif
 }
 
+#endif
 }  // namespace preact::cpu

@@ -4,13 +4,12 @@
 #include "cpu/conv2d_tiles_host.h"
 
 namespace preact::cpu {
+#if PREACT_AMX
 
 std::tuple<Tensor, Tensor> tiled_forward(const Tensor& input, const Affine<float>& affine,
                                          const Tensor& conv_weight, const OptionalTensor& bias,
                                          const OptionalTensor& residual, const Conv2dShape& shape,
                                          const Tensor& output) {
-#if PREACT_AMX
-  constexpr int64_t kMostChunks = 64;
   const DirectBlocks direct = DirectBlocks::of(shape);
   const Conv2dShape& blocks = direct.shape;
   const Staged staged = stage_input(blocks);
@@ -34,7 +33,7 @@ std::tuple<Tensor, Tensor> tiled_forward(const Tensor& input, const Affine<float
   });
   task.weights = weights;
 
-  const BlockChunks chunks(blocks, kMostChunks);
+  const auto chunks = BlockChunks::of_result(blocks);
   Partials partials(chunks.count, shape.out_channels);
   torch::stable::parallel_for(0, chunks.count, 1, [&](int64_t begin, int64_t end) {
     amx::batch_norm_relu_conv2d_tiles(task, chunks, begin, end, partials.first.data(),
@@ -45,9 +44,14 @@ std::tuple<Tensor, Tensor> tiled_forward(const Tensor& input, const Affine<float
   };
   write_statistics<float>(partials, chunks.count, count_of, mean, var);
   return {mean, var};
+}
 #else
+
+std::tuple<Tensor, Tensor> tiled_forward(const Tensor&, const Affine<float>&, const Tensor&,
+                                         const OptionalTensor&, const OptionalTensor&,
+                                         const Conv2dShape&, const Tensor&) {
   STD_TORCH_CHECK(false, "built without tile registers");
-#endif
 }
 
+#endif
 }  // namespace preact::cpu

@@ -77,11 +77,20 @@ struct DirectBlocks {
 struct BlockChunks {
   int64_t count, blocks;
 
-  BlockChunks(const Conv2dShape& shape, int64_t most);
+  // Of the statistics of a result.
+  static BlockChunks of_result(const Conv2dShape& shape) { return {shape, kMost}; }
+  // Of gradients with `size` sums of the weight: those of a large one cost more than its blocks are
+  // worth to another thread.
+  static BlockChunks of_gradients(const Conv2dShape& shape, int64_t size) {
+    return {shape, size <= kSmallWeight ? kMost : kMostLarge};
+  }
   int64_t begin(int64_t chunk) const { return chunk * blocks / count; }
   int64_t end(int64_t chunk) const { return begin(chunk + 1); }
 
  private:
+  static constexpr int64_t kSmallWeight = 8192, kMost = 64, kMostLarge = 16;
+
+  BlockChunks(const Conv2dShape& shape, int64_t most);
   // Blocks of the thread that has most of them.
   int64_t longest(int64_t threads) const;
 };
