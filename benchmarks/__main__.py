@@ -11,6 +11,7 @@ import click
 
 from .breakdown import breakdown
 from .compare import compare
+from .faults import faults
 from .memory_step import memory
 from .race import race
 from .signal import signal
@@ -45,6 +46,7 @@ main.add_command(memory)
 main.add_command(traffic)
 main.add_command(breakdown)
 main.add_command(streaming)
+main.add_command(faults)
 
 if __name__ == "__main__":
     main(prog_name="python -m benchmarks")

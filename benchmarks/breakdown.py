@@ -11,6 +11,8 @@ import torch
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
+import preact
+
 from . import floor, hardware, timing
 from .networks import NETWORKS, Network
 from .providers import PROVIDERS
@@ -109,7 +111,7 @@ def breakdown(networks: str, dtypes: str, rounds: int, output: Path) -> None:
         raise click.UsageError(f"unknown networks: {', '.join(unknown)}")
     if set(dtypes.split(",")) - {"float32", "bfloat16"}:
         raise click.UsageError(f"--dtypes must be of float32, bfloat16, got {dtypes}")
-    hardware.retain_freed_memory()
+    preact.retain_freed_memory()
     table = Table(title="milliseconds of a training step, channels_last", title_justify="left")
     for heading in ("network", "type", "step", "floor", "step / floor", *PARTS):
         table.add_column(heading)

@@ -21,6 +21,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+import preact
 from preact import environment
 
 from . import hardware, plots, report
@@ -269,9 +270,9 @@ def compare(
         torch.set_num_threads(threads)
     if allocator == "retain":
         try:
-            hardware.retain_freed_memory()
+            preact.retain_freed_memory()
         except RuntimeError as error:
-            raise click.UsageError(str(error)) from error
+            raise click.UsageError(f"{error}; use --allocator default") from error
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     target = _device(chosen)
     if target.type == "cuda":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import importlib.metadata
 import os
@@ -11,11 +10,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["describe", "retain_freed_memory"]
-
-_M_TRIM_THRESHOLD = -1  # from glibc's malloc.h
-_M_MMAP_MAX = -4
-_LARGEST_INT = 2**31 - 1
+__all__ = ["describe"]
 
 
 def _version(package: str) -> str:
@@ -82,17 +77,3 @@ def describe(device: torch.device, allocator: str) -> dict[str, str]:
         "preact": _preact_version(),
         "backends": _backends(device.type),
     }
-
-
-def retain_freed_memory() -> None:
-    """Make the C allocator keep freed memory, so that a steady state causes no page faults.
-
-    Raises:
-        RuntimeError: the C library has no ``mallopt``, or refuses.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError) as error:
-        raise RuntimeError("this C library has no mallopt; use --allocator default") from error
-    if not (mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, _LARGEST_INT)):
-        raise RuntimeError("mallopt refused the setting; use --allocator default")

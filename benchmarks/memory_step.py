@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import resource
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,6 +16,7 @@ import preact
 from preact import models
 
 from .memory import saved_bytes
+from .processes import in_new_process
 from .records import Value, write_records
 from .report import wide_console
 
@@ -95,9 +94,7 @@ def one_step(network: str, batch_size: int, eager: bool, limit: int, threads: in
 
 def measured(network: str, batch_size: int, eager: bool, limit: int, threads: int) -> Step | None:
     """``one_step`` in a new process."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(one_step, network, batch_size, eager, limit, threads).result()
+    return in_new_process(one_step, network, batch_size, eager, limit, threads)
 
 
 @click.command()

@@ -1,16 +1,22 @@
-"""One process or several: what ``torchrun`` started, and what each has to do."""
+"""One process or several: what ``torchrun`` started and what each has to do, and new ones."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 
-__all__ = ["Processes", "joined"]
+__all__ = ["Processes", "in_new_process", "joined"]
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -57,3 +63,12 @@ def joined(device: str) -> Iterator[Processes]:
         yield Processes(dist.get_rank(), count, chosen)
     finally:
         dist.destroy_process_group()
+
+
+def in_new_process(
+    function: Callable[Parameters, Result], *args: Parameters.args, **kwargs: Parameters.kwargs
+) -> Result:
+    """``function`` of a module, called in a process that has done nothing else."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *args, **kwargs).result()

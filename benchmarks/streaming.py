@@ -10,6 +10,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+import preact
 from preact import backends
 
 from . import hardware, timing
@@ -144,7 +145,7 @@ def streaming(
     if reason:
         raise click.ClickException(f"no native kernels: {reason}")
     kernels = backends.cpu_capability().replace("AMX", "AVX512")  # these passes have no tiles
-    hardware.retain_freed_memory()
+    preact.retain_freed_memory()
     output.mkdir(parents=True, exist_ok=True)
     path = output / f"streaming_{kernels.lower()}_{channels}x{size}.csv"
     console = wide_console()

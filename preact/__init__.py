@@ -12,6 +12,7 @@ from . import functional, models, ops
 from .backends import use_backend
 from .fold import FoldReport, fold_, unfold_
 from .fuse import FusionReport, fuse_, unfuse_
+from .memory import retain_freed_memory
 from .modules import (
     BatchNormReLU2d,
     BatchNormReLUConv2d,
@@ -40,6 +41,7 @@ __all__ = [
     "fuse_",
     "models",
     "ops",
+    "retain_freed_memory",
     "unfold_",
     "unfuse_",
     "use_backend",

@@ -37,7 +37,7 @@ def test_parts_make_up_the_step():
 
 
 def test_command(tmp_path, monkeypatch):
-    monkeypatch.setattr(breakdown.hardware, "retain_freed_memory", lambda: None)
+    monkeypatch.setattr(breakdown.preact, "retain_freed_memory", lambda: None)
     arguments = ["breakdown", "--networks", "preresnet20", "--dtypes", "float32", "--rounds", "1"]
     result = CliRunner().invoke(main, [*arguments, "--output", str(tmp_path)])
     assert result.exit_code == 0, result.output

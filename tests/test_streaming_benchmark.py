@@ -28,7 +28,7 @@ def test_maps_fit_their_level(monkeypatch, dtype):
 
 @pytest.mark.skipif(available()["cpp"] != "", reason=f"no native kernels: {available()['cpp']}")
 def test_command(tmp_path, monkeypatch):
-    monkeypatch.setattr(streaming.hardware, "retain_freed_memory", lambda: None)
+    monkeypatch.setattr(streaming.preact, "retain_freed_memory", lambda: None)
     arguments = ["streaming", "--dtypes", "bfloat16", "--layouts", "nchw", "--levels", "L2"]
     result = CliRunner().invoke(
         main, [*arguments, "--channels", "8", "--size", "7", "--rounds", "1", "--output", tmp_path]

@@ -26,6 +26,7 @@ LAYERS = [
         "accuracy",
         "device",
         "hooks",
+        "memory",
     },
     {"tuning"},
     {"triton_kernels"},
