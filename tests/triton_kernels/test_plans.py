@@ -9,8 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import preact
+from preact import costs, plans, trials
 from preact import device as devices
-from preact import plans, trials
 
 from ..tolerances import assert_as_good_as_eager, magnitude
 from .test_units import prepared, step
@@ -72,6 +72,27 @@ def test_each_plan_runs_its_own_kernels(device):
         assert backward.count("batch_norm_relu_conv2d_backward") == 2
         assert backward.count("batch_norm_relu_backward_apply") == (1 if plan == "E" else 2)
         assert backward.count("batch_norm_backward_coefficients") == (1 if plan == "E" else 0)
+
+
+@pytest.mark.parametrize("plan", ["A", "B", "C", "D", "E"])
+def test_a_unit_saves_the_maps_that_the_model_says(plan, device):
+    module = prepared("basic", training=True).to(device)
+    x = torch.randn(3, 8, 6, 6).to(device).contiguous(memory_format=torch.channels_last)
+    saved: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with preact.use_backend("triton"), preact.use_plan(plan), hooks:
+        module(x.requires_grad_()).sum().backward()
+    own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    maps = sum(size for at, size in saved.items() if at not in own) / x.numel() / x.element_size()
+    layer = costs.layer(x.shape, (8, 8, 3, 3), padding=(1, 1))
+    # Besides maps there are vectors of a value for each channel.
+    assert maps == pytest.approx(costs.saved_maps(plan, [layer] * 2) / x.numel(), rel=0.05)
 
 
 @pytest.mark.parametrize("work", ["forward", "forward with statistics", "backward", "pending"])
