@@ -67,6 +67,8 @@ def batch_norm_relu_conv2d_backward_weight_pairs_kernel(
     WHOLE: tl.constexpr,  # no tile has idle pairs
     PRECISION: tl.constexpr,
     CODE: tl.constexpr,  # of ``activate``
+    CHANNELS: tl.constexpr,  # channels and out_channels once more
+    OUT_CHANNELS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -103,9 +105,12 @@ def batch_norm_relu_conv2d_backward_weight_pairs_kernel(
     above = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     beside = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     below = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    # Within a tile 32 bits count; what a tile adds is the same number for all of its elements.
+    # As by rows: a thread's elements are constants apart, and the tile's own channel, as what a
+    # step adds, is the same number for all of them.
+    in_pair = second * CHANNELS + channel
+    in_pixels = (around - 1) * OUT_CHANNELS + lane % BLOCK_O
     if HALVED:
-        pixel = 2 * inner
+        pixel = 2 * inner.to(tl.int64)
         start_pixel = tl.cast(first, tl.int64) * 2
     else:
         # Lines begin at a pair of their own, so that a tile's are not evenly spaced.
@@ -113,10 +118,13 @@ def batch_norm_relu_conv2d_backward_weight_pairs_kernel(
         start_pixel = tl.cast(first, tl.int64) * 2 - first // line_pairs
     on = tl.where(out_mask, around - 1, -(2**30))
     below_by = width * out_channels
+    own_channel = tl.cast(
+        group * group_out + (tl.program_id(0) // column_tiles) * BLOCK_O, tl.int64
+    )
     for start in range(first, last, BLOCK_K):
         row_mask = start + inner < last
-        in_tile = (pixel[:, None] + second[None, :]) * channels + channel[None, :]
-        in_grad = (pixel[:, None] + (around - 1)[None, :]) * out_channels + grad_channel[None, :]
+        in_tile = pixel[:, None] * CHANNELS + in_pair[None, :]
+        in_grad = pixel[:, None] * OUT_CHANNELS + in_pixels[None, :]
         inside = both(second[None, :] >= 0, row_mask[:, None], WHOLE)
         if not HALVED:
             inside &= x[:, None] + second[None, :] < width
@@ -132,7 +140,7 @@ def batch_norm_relu_conv2d_backward_weight_pairs_kernel(
 
         reaches = (x[:, None] + on[None, :]).to(tl.uint32) < width
         reaches = both(reaches, row_mask[:, None], WHOLE)
-        result = grad_ptr + start_pixel * out_channels
+        result = grad_ptr + start_pixel * out_channels + own_channel
         # The kernel's first row takes a pixel to the line below.
         mask = reaches & (place < image_pairs - line_pairs)[:, None]
         grad = tl.load(result + below_by + in_grad, mask, other=0.0)  # [BLOCK_K, BLOCK_M]

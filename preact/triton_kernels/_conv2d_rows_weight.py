@@ -62,6 +62,8 @@ def batch_norm_relu_conv2d_backward_weight_rows_kernel(
     WHOLE: tl.constexpr,  # no tile has idle pixels
     PRECISION: tl.constexpr,
     CODE: tl.constexpr,  # of ``activate``
+    CHANNELS: tl.constexpr,  # channels and out_channels once more
+    OUT_CHANNELS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -84,15 +86,17 @@ def batch_norm_relu_conv2d_backward_weight_rows_kernel(
     first = tl.program_id(2) * rows_per_split
     last = tl.minimum(first + rows_per_split, rows)
     inner = tl.arange(0, BLOCK_K)
-    x = (first + inner) % width
+    at = first + inner
+    x = at % width
     step_x = BLOCK_K % width
-    line = (first + inner) // width
+    line = at // width
     if SAME:
-        # The pixel's place in its image, moved by the tap's lines: inside where it is in range, and
-        # one number to move on instead of a line and an image.
+        # The pixel's place in its image, for a tap above moved by its lines: inside up to the same
+        # number for all pixels, and one to move on instead of a line and an image.
         pixels = height * width
-        place = (first + inner) % pixels + top * width
+        place = (at + (height + tl.maximum(tl.minimum(top, 0), -height)) * width) % pixels
         step_place = BLOCK_K % pixels
+        end = (height - tl.abs(top)) * width
         above = tl.cast(first + top * width, tl.int64) * channels
     else:
         image = line // out_height
@@ -104,17 +108,22 @@ def batch_norm_relu_conv2d_backward_weight_rows_kernel(
     left = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     middle = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     right = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    # Within a tile 32 bits count; what a tile adds is the same number for all of its elements.
-    in_tile = inner[:, None] * channels + channel[None, :]
-    in_grad = inner[:, None] * out_channels + grad_channel[None, :]
+    # A thread's elements are constants apart, which its instructions hold: one address serves them.
+    # The compiler sees that in 64 bits, with the tile's own channel in the number all share, and as
+    # long as what a step adds is not a constant too, which it would not hold in the address.
+    wide, lane = inner.to(tl.int64)[:, None], tl.arange(0, BLOCK_M).to(tl.int64)[None, :]
+    in_tile = wide * CHANNELS + channel.to(tl.int64)[None, :]
+    in_grad = wide * OUT_CHANNELS + lane
+    result = tl.cast(first, tl.int64) * out_channels + (
+        group * group_out + (tile // column_tiles) * BLOCK_M
+    )
     # A tap takes a position to a result one dilation on, the same, or one dilation back.
-    result = tl.cast(first, tl.int64) * out_channels
-    before = in_grad - dilation_w * out_channels
-    behind = in_grad + dilation_w * out_channels
+    before = in_grad - dilation_w * OUT_CHANNELS
+    behind = in_grad + dilation_w * OUT_CHANNELS
     for start in range(first, last, BLOCK_K):
         row_mask = start + inner < last
         if SAME:
-            inside = place.to(tl.uint32) < pixels
+            inside = place < end
         else:
             y = p * stride_h + top
             inside = y.to(tl.uint32) < height
@@ -145,7 +154,7 @@ def batch_norm_relu_conv2d_backward_weight_rows_kernel(
         result += BLOCK_K * out_channels
         if SAME:
             above += BLOCK_K * channels
-            place = wrapped(place + step_place - top * width, pixels) + top * width
+            place = wrapped(place + step_place, pixels)
             x = wrapped(x + step_x, width)
         else:
             x += step_x

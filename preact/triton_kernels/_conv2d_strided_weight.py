@@ -54,6 +54,8 @@ def batch_norm_relu_conv2d_backward_weight_strided_kernel(
     WHOLE: tl.constexpr,  # no tile has idle pixels
     PRECISION: tl.constexpr,
     CODE: tl.constexpr,  # of ``activate``
+    CHANNELS: tl.constexpr,  # for the kernels by rows and by pairs, as the next
+    OUT_CHANNELS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,

@@ -62,7 +62,7 @@ def _kind(dtype: torch.dtype, capability: int) -> tuple[str, bool] | None:
 
 
 def activation_code(dtype: torch.dtype, capability: int) -> str:
-    """Of ``activate``: two values, mean, scale and bias of two channels, halves of a mask."""
+    """Of ``activate``: two values, mean, scale and bias of two channels, a mask of each."""
     kind = _kind(dtype, capability)
     if kind is None:
         return ""
@@ -70,7 +70,9 @@ def activation_code(dtype: torch.dtype, capability: int) -> str:
     return _code(
         _centred(("a", "b"), "$1", ("$2", "$3"), half, paired),
         _multiplied(("a", "b"), ("$4", "$5"), ("$6", "$7"), paired),
-        f"cvt.rn.relu.{half}x2.f32 c, b, a; or.b32 d, $8, $11; and.b32 $0, c, d;",
+        f"cvt.rn.relu.{half}x2.f32 c, b, a;",
+        # Where both are of one row, which a compiler sees, that is its word as it is.
+        "mov.b32 {l, _}, $8; mov.b32 {_, h}, $9; mov.b32 d, {l, h}; and.b32 $0, c, d;",
     )
 
 
@@ -90,12 +92,6 @@ def gradient_code(dtype: torch.dtype, capability: int) -> str:
 
 
 @triton.jit
-def halves(inside):
-    """What a word keeps of its first and of its second element."""
-    return tl.where(inside, 0x0000FFFF, 0), tl.where(inside, -65536, 0)
-
-
-@triton.jit
 def activate(values, mean, scale, bias, inside, PADDED: tl.constexpr, CODE: tl.constexpr):
     """``relu((values - mean) * scale + bias)`` in the type of ``values``, by every kernel's
     arithmetic; nought where not ``inside``, a mask of rows or elements, as may be where PADDED."""
@@ -106,9 +102,9 @@ def activate(values, mean, scale, bias, inside, PADDED: tl.constexpr, CODE: tl.c
             z *= tl.where(inside, 1.0, 0.0)
         activation = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL).to(values.dtype)
     else:
-        low, high = halves(inside | (not PADDED))
+        kept = tl.where(inside | (not PADDED), -1, 0)
         activation = tl.inline_asm_elementwise(
-            CODE, "=r,r,f,f,f,f,f,f,r,r,r,r", [values, mean, scale, bias, low, high],
+            CODE, "=r,r,f,f,f,f,f,f,r,r", [values, mean, scale, bias, kept],
             dtype=values.dtype, is_pure=True, pack=2,
         )  # fmt: skip
     return activation

@@ -78,6 +78,8 @@ def batch_norm_relu_conv2d_backward_weight_kernel(
     WHOLE: tl.constexpr,  # no tile has idle pixels
     PRECISION: tl.constexpr,
     CODE: tl.constexpr,  # of ``activate``
+    CHANNELS: tl.constexpr,  # for the kernels by rows and by pairs, as the next
+    OUT_CHANNELS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -192,10 +194,20 @@ def configs(
         return (_strided_config(block_m, block_n, block_k // 2, capability), *each_tap)
     if not by_rows:
         return each_tap
-    if block_m <= 32 and by_pairs:
+    # In float32 what is transposed moves by the element, and pairs have four times as many rows of
+    # it: where operands are registers, 32 rows as they are issue half as much with 64 columns.
+    own_rows = block_m == 32 and block_n == 64 and dtype == torch.float32
+    own_rows = own_rows and capability not in WARP_GROUP
+    if block_m <= 32 and by_pairs and not own_rows:
         # Warps share 64 or 128 rows, where with one pixel's they would multiply the same.
         columns = 2 * min(block_n, 64 // dtype.itemsize)
         warps = 4 if block_m * columns <= 1024 or capability in TENSOR_MEMORY else 8
+        if capability in TENSOR_MEMORY and block_n * dtype.itemsize > 64:
+            # Results take no registers: twice the columns for the same gradient.
+            columns *= 2
+            warps = 8 if columns > 64 else 4
+        if capability in LITTLE_SHARED and dtype == torch.float32:
+            warps = 8  # ptxas spills 8 bytes of four on some architectures
         # Operands in registers want fewer rows of the sum, what a step takes besides wants more.
         pairs = 64 if capability in WARP_GROUP else 512 // block_m
         if capability in TENSOR_MEMORY:
@@ -210,7 +222,7 @@ def configs(
             result, columns = 128 * 64, block_n
         warps = 4 if columns >= 64 and block_m * columns <= result else 8
         return (Config(block_m, columns, block_k, warps, 2, row_taps=3), *each_tap)
-    block_k = 16 if dtype == torch.float32 else 32
+    block_k = 16 if dtype == torch.float32 and not own_rows else 32
     # Eight warps would multiply a tile of 64 rows twice.
     return (Config(min(block_m, 64), narrow, block_k, 4, 2, row_taps=3), *each_tap)
 
@@ -269,6 +281,8 @@ def batch_norm_relu_conv2d_backward_weight(
             rows, partials = lines * triton.cdiv(size.out_width, 2), 2
         elif config.row_taps > 1:
             run = batch_norm_relu_conv2d_backward_weight_rows_kernel
+        # A binary for each number of channels, which has offsets within a tile as constants.
+        fixed = config.row_taps > 1 or (config.pixels > 1 and stride[0] == 1)
         tiles = programs * triton.cdiv(size.group_out, block_o) * triton.cdiv(group_in, block_c)
         steps = triton.cdiv(rows, config.block_k)
         splits = min(
@@ -289,6 +303,7 @@ def batch_norm_relu_conv2d_backward_weight(
             EVEN=size.group_out % block_o == 0 and group_in % block_c == 0,
             WHOLE=rows % config.block_k == 0,
             PRECISION=precision, CODE=activation_code(input.dtype, properties.capability),
+            CHANNELS=size.channels if fixed else 0, OUT_CHANNELS=size.out_channels if fixed else 0,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip

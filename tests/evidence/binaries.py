@@ -196,10 +196,11 @@ def compile_launch(launch: Launch, arch: int) -> Binary:
 
 
 def assert_sound(binary: Binary, launch: Launch) -> None:
-    """What holds for every kernel: no spill, shared memory and grid within the limits."""
+    """What holds for every kernel: no spill or atomic, shared memory and grid within the limits."""
     where = f"{binary.name} for sm_{binary.arch}: {launch.bound()} {launch.options()}"
     assert binary.stack == 0, f"{binary.stack} bytes of local memory in {where}"
     assert binary.spills == 0, where
+    assert not binary.count(r"(REDG?|ATOMG?)\b"), f"an atomic operation in {where}"
     assert binary.shared <= SHARED_LIMIT[binary.arch] * 1024, f"{binary.shared} bytes in {where}"
     assert all(0 < n <= m for n, m in zip(launch.grid, GRID_LIMIT, strict=False)), launch.grid
 

@@ -99,6 +99,7 @@ ROW_CASES = {
     "dilated": Case((1, 9, 6, 7), 5, (2, 3), padding=(0, 2), dilation=(2, 2)),
     "stride down, groups": Case((2, 8, 7, 5), 4, (3, 3), (2, 1), (2, 1), (1, 1), 2),
     "narrower than a dilation": Case((3, 4, 5, 1), 3, (3, 3), padding=(1, 3), dilation=(1, 3)),
+    "lower than a dilation": Case((2, 4, 2, 6), 3, (3, 3), padding=(3, 1), dilation=(3, 1)),
 }
 PAIR_CASES = (
     CASES["3x3"],

@@ -37,11 +37,6 @@ def run(code: str, *operands: np.ndarray) -> np.ndarray:
     return registers.held["$0"]
 
 
-def mask(inside: bool, upper: bool) -> np.ndarray:
-    half = 0xFFFF0000 if upper else 0xFFFF
-    return np.full(len(VALUES), half if inside else 0, np.uint64)
-
-
 @pytest.mark.parametrize("inside", [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("arch", [80, 90, 100, 120])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -51,11 +46,10 @@ def test_activation(dtype, arch, inside):
     mean, scale, bias = vectors
     with ptx.executed(arch):
         code = _packed.activation_code(dtype, arch)
-    first, second = (
-        (mask(of, upper=False), mask(of, upper=True)) for of in inside
-    )  # each element brings both halves; the code takes the one of its place
+    # Each element brings a whole word; the code takes the half of its place.
+    kept = [np.full(len(VALUES), 0xFFFFFFFF if of else 0, np.uint64) for of in inside]
     operands = [bits(v) for v in vectors for _ in range(2)]
-    found = run(code, word(*pair), *operands, first[0], second[0], first[1], second[1])
+    found = run(code, word(*pair), *operands, *kept)
     for value, result, kept in zip(pair, halves(found, dtype), inside, strict=True):
         z = ((value.float() - mean).double() * scale.double() + bias.double()).float()
         wanted = torch.relu(z).to(dtype) if kept else torch.zeros_like(value)
