@@ -12,6 +12,7 @@ import preact
 from preact import costs, plans, trials
 from preact import device as devices
 
+from ..evidence import interpreter
 from ..tolerances import assert_as_good_as_eager, magnitude
 from .test_units import prepared, step
 
@@ -72,6 +73,44 @@ def test_each_plan_runs_its_own_kernels(device):
         assert backward.count("batch_norm_relu_conv2d_backward") == 2
         assert backward.count("batch_norm_relu_backward_apply") == (1 if plan == "E" else 2)
         assert backward.count("batch_norm_backward_coefficients") == (1 if plan == "E" else 0)
+
+
+class Reads(TorchDispatchMode):
+    """Ops whose result the host waits for, where a map is on a GPU; launchers' own are not seen."""
+
+    WAITED_FOR = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.seen = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        self.seen += 1
+        self.found += [name] if name.startswith(self.WAITED_FOR) else []
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not interpreter.ACTIVE, reason="a GPU shows it by capturing")
+@pytest.mark.parametrize("plan", ["auto", "A", "B", "C", "D", "E"])
+@pytest.mark.parametrize("name", ["basic", "bottleneck"])
+def test_a_step_waits_for_no_value(name, plan, device):
+    """With what a launcher does (``tests/test_triton_capture.py``) all of what a graph captures."""
+    module = prepared(name, training=True)
+    x = torch.randn(2, 8, 4, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
+    with preact.use_backend("triton"), preact.use_plan(plan):
+        module(x).sum().backward()  # what is proved and decided at the first call
+        with Reads() as reads:
+            module(x).sum().backward()
+    assert reads.seen > 10
+    assert reads.found == []
+
+
+def test_a_value_that_is_waited_for_is_seen():
+    with Reads() as reads:
+        torch.ones(1).item()
+    assert reads.found == ["_local_scalar_dense"]
 
 
 @pytest.mark.parametrize("plan", ["A", "B", "C", "D", "E"])
