@@ -37,6 +37,8 @@ def norm_arguments(bn: BatchNorm, input: Tensor | None = None) -> Norm:
 
 
 def conv_arguments(conv: nn.Conv2d) -> Conv:
+    if conv.padding_mode != "zeros":
+        raise ValueError(f"padding_mode must be 'zeros' to be fused, got {conv.padding_mode!r}")
     return Conv(
         conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
     )  # fmt: skip
@@ -121,6 +123,12 @@ def linked_prefix(
     return found
 
 
+def _counts_one_by_one(norms: Sequence[BatchNorm]) -> bool:
+    """Whether a norm needs its batch counted, or exchanged, before the next one's arguments are
+    known: one that is synchronised, or used again."""
+    return len(set(norms)) < len(norms) or any(map(is_synchronised, norms))
+
+
 def fused_unit(
     input: Tensor,
     layers: Sequence[Layer],
@@ -131,9 +139,10 @@ def fused_unit(
 ) -> tuple[Tensor, Statistics | None]:
     """A residual unit of torch.nn modules and the statistics of its result, if asked for.
 
-    Where a norm exchanges statistics with other processes, the unit runs prefix by prefix.
+    Where a norm exchanges statistics with other processes, or there is one norm twice, the unit
+    runs prefix by prefix.
     """
-    if any(is_synchronised(bn) for bn, _ in layers):
+    if _counts_one_by_one([bn for bn, _ in layers]):
         x, shortcut = input, input
         for index, (bn, conv) in enumerate(layers):
             convs = [conv] if index or projection is None else [conv, projection]
@@ -157,7 +166,7 @@ def fused_units(
 ) -> tuple[Tensor, Statistics | None]:
     """``fused_unit`` of each of ``units``, around an identity shortcut, on what is before it."""
     norms = [bn for layers in units for bn, _ in layers]
-    if any(map(is_synchronised, norms)):
+    if _counts_one_by_one(norms):
         for layers in units:
             input, statistics = fused_unit(input, layers, None, False, statistics)
         return input, statistics
@@ -178,7 +187,7 @@ def fused_dense_block(
     Where the block cannot run as a whole it runs prefix by prefix.
     """
     norms = [bn for first, _, second, _ in layers for bn in (first, second)]
-    if not any(is_synchronised(bn) for bn in norms):
+    if not _counts_one_by_one(norms):
         described = [
             (
                 norm_arguments(first, input if i == 0 else None),

@@ -27,7 +27,16 @@ def compute_type(tensor: Tensor) -> torch.dtype:
 
 def pair(value: int | Sequence[int]) -> tuple[int, ...]:
     """One number for both dimensions of an image, or one for each."""
-    return (value, value) if isinstance(value, int) else tuple(value)
+    if isinstance(value, int):
+        return value, value
+    return tuple(value) if len(value) != 1 else (value[0], value[0])
+
+
+def _two(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
+    numbers = pair(value)
+    if len(numbers) != 2:
+        raise RuntimeError(f"{name} must be one number or two, got {value}")
+    return numbers
 
 
 def same_kind(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> bool:
@@ -37,6 +46,10 @@ def same_kind(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> bool:
 def _check_norm_of(shape: Sequence[int], input: Tensor, norm: Norm) -> None:
     if norm.eps <= 0:
         raise ValueError(f"eps must be positive, got {norm.eps}")
+    if norm.momentum is None:
+        raise TypeError("momentum must be a number, got None")
+    if (norm.running_mean is None) != (norm.running_var is None):
+        raise ValueError("running_mean and running_var must both be given, or both be None")
     if not norm.training and (norm.running_mean is None or norm.running_var is None):
         raise RuntimeError(
             "running_mean and running_var must be given when training=False, got None"
@@ -80,9 +93,9 @@ def check_norm(input: Tensor, norm: Norm) -> None:
 
 def geometry_of(conv: Conv) -> Geometry | None:
     """The convolution's numbers; None where only ``conv2d`` itself can take them."""
-    stride, dilation = pair(conv.stride), pair(conv.dilation)
+    stride, dilation = _two("stride", conv.stride), _two("dilation", conv.dilation)
     if not isinstance(conv.padding, str):
-        return stride, pair(conv.padding), dilation, conv.groups
+        return stride, _two("padding", conv.padding), dilation, conv.groups
     if conv.padding == "valid":
         return stride, (0, 0), dilation, conv.groups
     totals = [d * (k - 1) for d, k in zip(dilation, conv.weight.shape[2:], strict=True)]
@@ -116,9 +129,12 @@ def _check_conv_of(shape: Sequence[int], input: Tensor, conv: Conv) -> None:
             f"conv_weight of shape {tuple(weight.shape)} with groups={conv.groups} expects input"
             f" to have {weight.size(1) * conv.groups} channels, got {shape[-3]}"
         )
+    _two("stride", conv.stride)
+    dilation = _two("dilation", conv.dilation)
     if not isinstance(conv.padding, str):
+        padding = _two("padding", conv.padding)
         for size, kernel, pad, step in zip(
-            shape[-2:], weight.shape[2:], pair(conv.padding), pair(conv.dilation), strict=True
+            shape[-2:], weight.shape[2:], padding, dilation, strict=True
         ):
             if size + 2 * pad < step * (kernel - 1) + 1:
                 raise RuntimeError(

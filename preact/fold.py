@@ -62,7 +62,9 @@ def fold_(model: nn.Module) -> FoldReport:
     gradients, run unfolded. The folded weights take as much memory again as those they came from.
     They are made at the first call, and again after a change that PyTorch's version counters see:
     writes to ``tensor.data`` in place they do not see, so call ``unfold_`` and ``fold_`` after
-    those. torch.compile does not fold.
+    those. Of inference tensors, which count no writes, they are made at every call. torch.compile
+    does not fold. oneDNN's ReLU, as in torch.compile's frozen graphs, makes 0 of a NaN where
+    PyTorch's keeps it: look for a diverged model's NaNs unfolded.
 
     Returns what is folded and what is not, and why. ``unfold_`` undoes it, ``unfuse_`` too.
     """

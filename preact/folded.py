@@ -23,11 +23,14 @@ WHERE_FASTER = f"{ALWAYS}, for shapes where that is measured to be faster"
 
 _MOST_SHAPES = 4
 _Source = tuple[Tensor | None, int, int]
+_UNCOUNTED = -1  # writes to inference tensors
 
 
 class _Folded(NamedTuple):
     sources: tuple[_Source, ...]
     """What the weights were made of: each tensor, how often it was written to, and its memory."""
+    held: list[Tensor]
+    """That memory, lest another tensor comes to lie there."""
     eps: float | None
     dtype: torch.dtype
     made: dict[tuple[int, ...], tuple[Tensor, Tensor | None]]
@@ -41,7 +44,7 @@ _folded: WeakKeyDictionary[nn.Conv2d, dict[bool, _Folded]] = WeakKeyDictionary()
 def _state(tensor: Tensor | None) -> _Source:
     if tensor is None:
         return None, 0, 0
-    return tensor, 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()
+    return tensor, _UNCOUNTED if tensor.is_inference() else tensor._version, tensor.data_ptr()
 
 
 def _parameters(
@@ -63,11 +66,12 @@ def _parameters(
         or known.eps != eps
         or known.dtype != dtype
         or any(
-            new[0] is not old[0] or new[1:] != old[1:]
+            new[0] is not old[0] or new[1:] != old[1:] or new[1] == _UNCOUNTED
             for new, old in zip(sources, known.sources, strict=True)
         )
     ):
-        known = of_conv[bn is not None] = _Folded(sources, eps, dtype, {})
+        held = [tensor.detach() for tensor in tensors if tensor is not None]
+        known = of_conv[bn is not None] = _Folded(sources, held, eps, dtype, {})
     image = shape[1:]  # the layout hardly depends on how many there are
     found = known.made.get(image)
     if found is None:

@@ -40,8 +40,7 @@ def _folds(input: Tensor, links: Sequence[Link]) -> bool:
             " ".join(words),
         )
 
-    types = tuple([conv.weight.dtype for conv in convs])
-    return folded_choice.folds(input, convs[0], candidate, types, "chain")
+    return folded_choice.folds(input, convs, candidate, "chain")
 
 
 def _run(input: Tensor, links: Sequence[Link]) -> Tensor:

@@ -49,23 +49,24 @@ class _Way(NamedTuple):
 
 def folds(
     input: Tensor,
-    first: nn.Conv2d,
+    convs: Sequence[nn.Conv2d],
     candidate: Callable[[], Candidate],
     *options: object,
 ) -> bool:
     """Whether this call folds its norms; to be asked where ``folded.applies``.
 
-    ``first`` is its first convolution, ``options`` what else tells it from other calls that begin
-    with that; ``candidate`` is asked for where nothing is known of such an input yet.
+    ``convs`` are its convolutions in order, ``options`` what else tells it from other calls of
+    them; ``candidate`` is asked for where nothing is known of such an input yet.
     """
     autocast = torch.is_autocast_enabled("cpu")
     kind = (
         input.shape, input.stride(), input.dtype, type(input), input.device,
         autocast and torch.get_autocast_dtype("cpu"), torch.get_num_threads(),
         backends.choose(input.device.type), plans.current(), tuning.why_not(input.device),
-        torch._C._get_tracing_state() is None, torch._C._len_torch_dispatch_stack(), *options,
+        torch._C._get_tracing_state() is None, torch._C._len_torch_dispatch_stack(),
+        *map(_kind_of, convs), *options,
     )  # fmt: skip
-    of_first = _known.setdefault(first, {})
+    of_first = _known.setdefault(convs[0], {})
     known = of_first.get(kind)
     if known is None:
         known = _decide(input, candidate())
@@ -73,6 +74,14 @@ def folds(
             of_first.clear()
         of_first[kind] = known
     return known
+
+
+def _kind_of(conv: nn.Conv2d) -> tuple[object, ...]:
+    padding = conv.padding if isinstance(conv.padding, str) else checks.pair(conv.padding)
+    return (
+        conv.weight.shape, conv.weight.dtype, checks.pair(conv.stride), padding,
+        checks.pair(conv.dilation), conv.groups,
+    )  # fmt: skip
 
 
 def _decide(input: Tensor, candidate: Candidate) -> bool:

@@ -56,25 +56,25 @@ def folded_units(
 def _folds(input: Tensor, units: Units, projection: nn.Conv2d | None) -> bool:
     if not applies(input, [bn for layers in units for bn, _ in layers]):
         return False
-    first = units[0]
+    convs = [conv for layers in units for _, conv in layers]
+    if projection is not None:
+        convs.append(projection)
 
     def candidate() -> Candidate:
         tried = units[:TRIED]
-        convs = [conv for layers in units for _, conv in layers]
         words = []
         for layers in tried:
             words += [f"* {in_words(conv)}" for _, conv in layers]
             words.append("+ input" if projection is None else f"+ {in_words(projection)}")
         return Candidate(
-            convs if projection is None else [*convs, projection],
+            convs,
             lambda: all(_serves(input, layers, projection) for layers in units),
             lambda: _unfolded(input, tried, projection),
             lambda: _run(input, tried, projection),
             " ".join(words),
         )
 
-    types = tuple([conv.weight.dtype for _, conv in first])
-    return folded_choice.folds(input, first[0][1], candidate, types, projection is None, len(units))
+    return folded_choice.folds(input, convs, candidate, projection is None, len(units))
 
 
 def _serves(input: Tensor, layers: Sequence[Layer], projection: nn.Conv2d | None) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 from . import plans
 from .arguments import Conv, Norm, Statistics
 from .autograd import eager_unit
+from .checks import layer_shapes
 from .plans import Geometry
 from .prefix import differentiable_backward
 from .reference import memory_format_of
@@ -45,8 +46,11 @@ def settings_for(
     geometries: Sequence[Geometry | None],
 ) -> Settings | None:
     """The settings of a unit; None where it does not run as one op: where a convolution runs
-    unfused one way, or only some gradients are wanted."""
+    unfused one way, only some gradients are wanted, or an inner map is of another extent."""
     if plans.current() not in ("auto", "E"):
+        return None
+    shapes = layer_shapes(input, layers, geometries)
+    if any(shape[2:] != input.shape[2:] for shape in shapes):
         return None
     save = torch.is_grad_enabled()
     training = save and input.requires_grad
@@ -63,8 +67,8 @@ def settings_for(
         alone = "forward with residual" if index + 1 == len(layers) else "forward"
         works = ["forward with statistics" if norm.training else alone]
         works += ["backward"] if training else []
-        # The layers' inputs are of one type, layout and extent, those of the unit's.
-        shape = (input.size(0), conv.weight.size(1) * conv.groups, *input.shape[2:])
+        # The layers' inputs are of one type and layout, those of the unit's.
+        shape = shapes[index]
         x = input if shape == tuple(input.shape) else _like(input, shape)
         weight = conv.weight.detach().to(input.dtype)
         if not all(plans.fuses_convolution("cpp", x, weight, geometry, work) for work in works):
@@ -111,7 +115,7 @@ def run(
     statistics = [*first, *found[2:]]
     trained = [index for index, (norm, _) in enumerate(layers) if norm.training]
     if trained:
-        # Identity units have as many values per channel all along.
+        # By ``settings_for`` there are as many values per channel all along.
         update_running_stats(
             [layers[index][0] for index in trained],
             [statistics[2 * index : 2 * index + 2] for index in trained],

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import preact
-from preact import folded_choice, folded_units, models, trials, tuning
+from preact import folded, folded_choice, folded_units, models, trials, tuning
 from preact.folded import runs_in_one_dnn
 from preact.models import PreActStage, ResidualUnit
 
@@ -186,6 +186,62 @@ def test_a_changed_parameter_is_folded_anew(folds):
         assert not torch.equal(before, model(x)) or name == "state_dict", name
 
 
+@torch.no_grad()
+def test_a_convolution_changed_after_the_choice_is_checked_anew(folds):
+    model, x = settled(preact.PreActBasicBlock(8, 8)), image()
+    preact.fold_(model)
+    model(x)
+    original = model.conv2
+    for change in ({"padding": (0, 0)}, {"stride": (2, 2)}, {"kernel_size": (1, 1), "padding": 3}):
+        options = {"kernel_size": 3, "padding": 1, "bias": False, **change}
+        model.conv2 = nn.Conv2d(8, 8, **options)
+        with pytest.raises(RuntimeError):
+            preact.unfold_(copy.deepcopy(model))(x)
+        with pytest.raises(RuntimeError):
+            model(x)
+    model.conv2 = original
+    original.weight = nn.Parameter(torch.randn(1, 8, 3, 3))
+    expected = preact.unfold_(copy.deepcopy(model))(x)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    assert expected.shape == x.shape, "added with one channel for all"
+
+
+@torch.inference_mode()
+def test_writes_that_are_not_counted_are_seen(folds):
+    """Inference tensors have no version counters."""
+    model, x = settled(preact.PreActBasicBlock(8, 8)), image()
+    preact.fold_(model)
+    model(x)
+    model.conv1.weight.mul_(3)
+    expected = preact.unfold_(copy.deepcopy(model))(x)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_memory_that_is_used_again_is_not_taken_for_the_same(folds):
+    model, x = settled(preact.PreActBasicBlock(8, 8)), image()
+    preact.fold_(model)
+    weight = model.conv1.weight
+    for _ in range(20):
+        model(x)
+        weight.data = weight.data * 1.5
+        weight.data = weight.data * 0.5
+        expected = preact.unfold_(copy.deepcopy(model))(x)
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_one_unit_of_a_stage_alone_does_not_fold_the_others(folds):
+    stage = PreActStage(*(ResidualUnit(8, 8) for _ in range(3)))
+    settled(stage)
+    for index in range(3):
+        expected = stage(image())[0]
+        preact.fold_(stage[index])
+        assert torch.equal(stage(image())[0], expected) == (index < 2)
+        if index < 2:
+            assert not any(unit.conv1 in folded._folded for unit in stage)
+
+
 @pytest.mark.parametrize("name", ["bottleneck", "theirs"])
 def test_training_and_gradients_run_unfolded(name, folds):
     model, x = settled(UNITS[name]()), image()
@@ -203,8 +259,8 @@ def test_training_and_gradients_run_unfolded(name, folds):
             output = module(x)
             output.square().sum().backward()
             results.append([output, *(p.grad for p in module.parameters()), *module.buffers()])
-        for folded, unfolded in zip(*results, strict=True):
-            assert torch.equal(folded, unfolded)
+        for ours, theirs in zip(*results, strict=True):
+            assert torch.equal(ours, theirs)
 
 
 @torch.no_grad()

@@ -34,6 +34,7 @@ class Calls(TorchDispatchMode):
 
 BASIC = ((16, 24, 3), (24, 16, 3))
 BOTTLENECK = ((32, 8, 1), (8, 8, 3), (8, 32, 1))
+POINTWISE = ((48, 48, 1),)
 WIDE_BOTTLENECK = ((80, 72, 1), (72, 72, 3), (72, 80, 1))
 
 
@@ -83,6 +84,10 @@ CASES = {
     "bottlenecks, evaluation": {"units": 2, "layers": BOTTLENECK, "own": False},
     "bottlenecks, bfloat16": {
         "units": 3, "layers": BOTTLENECK, "batch": 15, "dtype": torch.bfloat16,
+    },
+    "pointwise": {"units": 4, "layers": POINTWISE},
+    "pointwise, bfloat16": {
+        "units": 3, "layers": POINTWISE, "batch": 15, "dtype": torch.bfloat16,
     },
     "wide bottlenecks": {"units": 2, "layers": WIDE_BOTTLENECK},
     "wide bottlenecks, bfloat16": {

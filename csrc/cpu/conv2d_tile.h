@@ -260,8 +260,8 @@ PREACT_INLINE void direct_weight_block(const float* input, int64_t input_row, co
 }
 
 // Adds the weight gradient of one image to sums, packed as the weights are, or where `fresh` writes
-// it there. Bands of rows small
-// enough for the first-level cache are read again for every tap and channel group.
+// it there. Bands of rows small enough for the first-level cache are read again for every tap and
+// channel group.
 template <int STEP>
 void direct_weight_gradient(const Gather& gather, int64_t columns, const float* input,
                             const Staged& input_layout, const float* grad,

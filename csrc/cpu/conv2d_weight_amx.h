@@ -10,7 +10,7 @@ __attribute__((noinline)) void weight_tiles(const char* const* taps, int64_t pla
   constexpr int kSums = INPUTS * OUTPUTS * TAPS;
   static_assert(kSums <= 4 && (OUTPUTS == 1 || TAPS == 1) && (INPUTS == 1 || TAPS == 1));
   // Where sums i stand: a tap's, or a tile of inputs and of outputs.
-  constexpr int64_t second = OUTPUTS == 2 ? 16 : INPUTS == 2 ? 256 : 256;
+  constexpr int64_t second = OUTPUTS == 2 ? 16 : 256;
   constexpr int64_t third = 512, fourth = OUTPUTS == 2 ? 528 : 768;
   if (fresh) {
     tile_zero<0>();

@@ -69,7 +69,8 @@ std::vector<Tensor> residual_units_backward(const Tensor& grad_output, std::vect
     const bool first = i % depth == 0;
     const bool completes =
         first && i > 0 && completes_gradient(inputs[i - 1], layers[i - 1].conv_weight, of[i - 1]);
-    const bool again = completes && pending_input && computes_again(x, layer.conv_weight, of[i]) &&
+    const bool again = completes && pending_input && !after &&
+                       computes_again(x, layer.conv_weight, of[i]) &&
                        computes_again(inputs[i - 1], layers[i - 1].conv_weight, of[i - 1]);
     auto [grad_z, grad_weight, grad_bias, grad_conv_weight] = batch_norm_relu_conv2d_backward(
         grad, x, *layer.mean, *layer.var, layer.weight, layer.bias, layer.eps, layer.conv_weight,

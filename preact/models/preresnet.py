@@ -37,7 +37,7 @@ class PreActStage(nn.Sequential):
             units = list(run)
             if together:
                 layers = [unit.layers() for unit in units if isinstance(unit, ResidualUnit)]
-                together_as = folded_units if units[0].folds else fused_units
+                together_as = folded_units if all(unit.folds for unit in units) else fused_units
                 input, statistics = together_as(input, layers, statistics, units[-1].training)
                 continue
             for unit in units:
