@@ -48,10 +48,11 @@ def test_every_op_equals_its_formula(dtype, shape, layout, affine):
     check_every_op(OPS, sample(OPS, shape, dtype, layout, affine))
 
 
+@pytest.mark.parametrize("channels", [8, 16, 64, 256])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(("mean", "std"), [(1e4, 1.0), (5.0, 0.1), (-300.0, 0.01), (0.0, 1e-6)])
-def test_large_mean_small_variance(mean, std, layout):
-    x = arrange(torch.randn(16, 8, 24, 24, dtype=torch.float64) * std + mean, layout).float()
+def test_large_mean_small_variance(mean, std, layout, channels):
+    x = arrange(torch.randn(16, channels, 24, 24, dtype=torch.float64) * std + mean, layout).float()
     result_mean, result_var = OPS.batch_norm_stats(x)
     expected_mean, expected_var = reference.batch_norm_stats(x.double())
     torch.testing.assert_close(result_mean.double(), expected_mean, rtol=1e-7, atol=1e-12)
@@ -59,9 +60,10 @@ def test_large_mean_small_variance(mean, std, layout):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_statistics_of_images_far_apart(layout):
-    """A shift that fits the first images says nothing of the later ones."""
-    x = torch.randn(8, 4, 20, 20) + 1e3 * torch.randn(8, 1, 1, 1)
+@pytest.mark.parametrize("apart", [(8, 1, 1, 1), (1, 1, 1, 32)], ids=["images", "columns"])
+def test_statistics_of_images_far_apart(apart, layout):
+    """A shift that fits the first images, or a column, says nothing of the others."""
+    x = torch.randn(8, 4, 20, 32) + 1e3 * torch.randn(apart)
     mean, var = OPS.batch_norm_stats(arrange(x, layout))
     expected_mean, expected_var = reference.batch_norm_stats(x.double())
     assert ((mean - expected_mean).abs() <= 1e-6 * expected_var.sqrt()).all()

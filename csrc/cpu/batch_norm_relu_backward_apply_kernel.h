@@ -5,6 +5,7 @@ template <typename T, bool Sums, bool Skip>
 struct BackwardApplyPass {
   using A = accumulate_t<T>;
   static constexpr int kRows = 4;
+  static constexpr bool kAgain = false;  // grad_input may be grad_output
   ChannelAffine<A> affine;
   const A* slope;
   const A* offset;

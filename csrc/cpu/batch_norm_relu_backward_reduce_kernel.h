@@ -9,6 +9,7 @@ template <typename T>
 struct ReducePass {
   using A = accumulate_t<T>;
   static constexpr int kRows = 8;
+  static constexpr bool kAgain = true;
   ChannelAffine<A> affine;
   const T* grad_output;
   const T* input;
@@ -28,7 +29,7 @@ struct ReducePass {
   PREACT_INLINE void element(Regs<P>& regs, At at) const {
     const auto centred = load_at<P>(input, at) - regs.affine.mean;
     const auto z = regs.affine.z(centred);
-    const auto dz = where_active(z, load_at<P>(grad_output, at));
+    const auto dz = present(where_active(z, load_at<P>(grad_output, at)), at);
     regs.dz += dz;
     regs.dz_x = madd(dz, centred, regs.dz_x);
   }

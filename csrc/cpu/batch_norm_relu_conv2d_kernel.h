@@ -12,8 +12,9 @@ void batch_norm_relu_conv2d_part(const cpu::DirectForward& task, int64_t begin, 
   float* const staged = cpu::staging(cpu::Slot::input, task.staged);
   const auto map = shape.stride_w == 1 ? &direct_map<kBlock> : &direct_map<2 * kBlock>;
   const InputSource<float> result{task.output};
-  ChunkStatistics<float, InputSource<float>> statistics(result, result, shape.out_channels,
-                                                        task.output_stride, mean, m2);
+  ChunkStatistics<float, InputSource<float>> statistics(result, shape.out_channels,
+                                                        task.output_stride);
+  statistics.start(mean, m2);
   for (int64_t block = begin; block < end; ++block) {
     const float* const input = task.input + block * shape.in_h * shape.in_w * task.input_stride;
     stage(ActivationSource{{task.norm.mean, task.norm.scale, task.norm.shift}, input}, shape.in_h,

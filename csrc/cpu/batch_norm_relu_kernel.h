@@ -25,6 +25,7 @@ template <typename T>
 struct ApplyPass {
   using A = accumulate_t<T>;
   static constexpr int kRows = 4;
+  static constexpr bool kAgain = true;
   ChannelAffine<A> affine;
   const T* input;
   T* output;

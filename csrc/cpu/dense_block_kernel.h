@@ -4,6 +4,7 @@ template <typename T>
 struct CompletePass {
   using A = accumulate_t<T>;
   static constexpr int kRows = 4;
+  static constexpr bool kAgain = false;
   const A *slope, *centre, *offset;
   const A* total;
   const T* input;

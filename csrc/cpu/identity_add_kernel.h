@@ -20,6 +20,5 @@ template <typename T>
 void identity_add_tasks(const T* input, const T* other, T* output, const FeatureMap& map,
                         const Chunks& chunks, int64_t begin, int64_t end, double* mean,
                         double* m2) {
-  statistics_tasks<T>(AddSource<T>{input, other, output}, InputSource<T>{output}, map, chunks,
-                      begin, end, mean, m2);
+  statistics_tasks<T>(AddSource<T>{input, other, output}, map, chunks, begin, end, mean, m2);
 }

@@ -115,27 +115,40 @@ struct Rest {
   int64_t first;
   int64_t count;
 };
+// The last vector of a run, which begins with `again` elements of the vector before it.
+struct Tail {
+  int64_t first;
+  int64_t again;
+};
 
-// Where a vector of elements lies in its maps, and how far ahead of it, in bytes, lines are asked
-// for: the processor's own prefetchers do not keep up with a pass whose arithmetic holds back its
-// next loads.
+// Where a vector of elements lies in its maps, and where lines are asked for meanwhile: the
+// processor's own prefetchers do not keep up with a pass whose arithmetic holds back its next
+// loads.
 struct Offset {
   int64_t first;
-  int64_t ahead;
+  int64_t fetched;
 
   PREACT_INLINE operator int64_t() const { return first; }
 };
-constexpr int64_t kAhead = 2048;
+constexpr int64_t kAhead = 2048;      // bytes, at least
 constexpr int64_t kWriteAhead = 256;  // lines to be written wait in the first-level cache
 
 template <typename P, typename T>
 PREACT_INLINE typename P::reg load_at(const T* p, Offset at) {
-  __builtin_prefetch(reinterpret_cast<const char*>(p + at.first) + at.ahead);
+  __builtin_prefetch(p + at.fetched);
   return P::load(p + at.first);
 }
 template <typename P, typename T>
 PREACT_INLINE void store_at(T* p, Offset at, typename P::reg value) {
   __builtin_prefetch(reinterpret_cast<const char*>(p + at.first) + kWriteAhead, 1);
+  P::store(p + at.first, value);
+}
+template <typename P, typename T>
+PREACT_INLINE typename P::reg load_at(const T* p, Tail at) {
+  return P::load(p + at.first);
+}
+template <typename P, typename T>
+PREACT_INLINE void store_at(T* p, Tail at, typename P::reg value) {
   P::store(p + at.first, value);
 }
 // In pieces of half a vector, a quarter and so on: calls of memcpy for a few elements each cost
@@ -179,21 +192,28 @@ PREACT_INLINE void store_at(T* p, Rest at, typename P::reg value) {
 #endif
 }
 
-// The first `count` lanes of a vector, zeros in the others.
-PREACT_INLINE FloatVector first_lanes(FloatVector value, int64_t count) {
+// Lanes from `begin` up to `end` of a vector, zeros in the others.
+PREACT_INLINE FloatVector some_lanes(FloatVector value, int64_t begin, int64_t end) {
+#if PREACT_VECTOR_BYTES == 64
+  return _mm512_maskz_mov_ps(static_cast<__mmask16>((1u << end) - (1u << begin)), value);
+#else
   using Lanes = int32_t __attribute__((vector_size(PREACT_VECTOR_BYTES)));
   Lanes lane;
   for (int i = 0; i < Pack<float>::lanes; ++i) lane[i] = i;
-  return lane < static_cast<int32_t>(count) ? value : FloatVector{};
+  const Lanes in = (lane < static_cast<int32_t>(end)) & (lane >= static_cast<int32_t>(begin));
+  return in ? value : FloatVector{};
+#endif
 }
-PREACT_INLINE DoubleVector first_lanes(DoubleVector value, int64_t count) {
+PREACT_INLINE DoubleVector some_lanes(DoubleVector value, int64_t begin, int64_t end) {
   using Lanes = int64_t __attribute__((vector_size(PREACT_VECTOR_BYTES)));
   Lanes lane;
   for (int i = 0; i < Pack<double>::lanes; ++i) lane[i] = i;
-  return lane < count ? value : DoubleVector{};
+  const Lanes in = (lane < end) & (lane >= begin);
+  return in ? value : DoubleVector{};
 }
-PREACT_INLINE FloatPair first_lanes(FloatPair value, int64_t count) {
-  return {first_lanes(value.even, (count + 1) / 2), first_lanes(value.odd, count / 2)};
+PREACT_INLINE FloatPair some_lanes(FloatPair value, int64_t begin, int64_t end) {
+  return {some_lanes(value.even, (begin + 1) / 2, (end + 1) / 2),
+          some_lanes(value.odd, begin / 2, end / 2)};
 }
 // What of a value belongs to elements that are there.
 template <typename R>
@@ -202,7 +222,12 @@ PREACT_INLINE R present(R value, Offset) {
 }
 template <typename R>
 PREACT_INLINE R present(R value, Rest at) {
-  return first_lanes(value, at.count);
+  return some_lanes(value, 0, at.count);
+}
+template <typename R>
+PREACT_INLINE R present(R value, Tail at) {
+  constexpr size_t kLanes = sizeof(R) / (std::is_same_v<R, DoubleVector> ? 8 : 4);
+  return some_lanes(value, at.again, kLanes);
 }
 
 // A value as it will be read back after a store in type T.

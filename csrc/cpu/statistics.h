@@ -1,20 +1,17 @@
 // Running statistics of a chunk while its elements stream by. Included by kernels, per capability.
 //
 // Sums are taken of x - shift, with the mean so far as the shift: whatever the mean of the data,
-// no cancellation exceeds what the total variance already contains. Only a chunk's first tile has
-// no mean yet and is read twice, from the cache.
+// no cancellation exceeds what the total variance already contains. A chunk's first tile has no
+// mean yet: a sample of its values, spread over it, is read before it.
 
-// Values per channel between two merges into double precision. The first tile is shorter, so that
-// its second read comes from the cache and costs little; of a few values it is all: the mean of one
-// or two of them as the shift would cost the variance some of its last digits.
-constexpr int64_t kFirstShare = 16;  // of a tile
-constexpr int64_t kFew = 32;
-
-inline int64_t first_share(int64_t tile) {
-  return std::min(tile, std::max(ceil_div(tile, kFirstShare), kFew));
-}
+// Values per channel between two merges into double precision.
 constexpr int64_t kTileRows = 512;
 constexpr int64_t kTileElements = 8192;  // the same within one channel's planes
+
+// Of a few values all are the sample: the mean of some of them as the shift would cost the variance
+// some of its last digits.
+constexpr int64_t kFew = 32;
+constexpr int64_t kSampleRows = 16;
 
 template <typename A>
 struct ShiftedSums {
@@ -48,6 +45,7 @@ template <typename T, typename Source>
 struct StatisticsPass {
   using A = accumulate_t<T>;
   static constexpr int kRows = Source::kRows;
+  static constexpr bool kAgain = true;
   Source source;
   ShiftedSums<A> sums;
 
@@ -80,42 +78,42 @@ struct InputSource {
   }
 };
 
-// Mean and m2 of `channels` channels over a chunk of elements, each of them read through `source`
-// once, or, in the first tile, through `source` and then `again`. Rows of channels or planes of
-// them, a chunk is of one kind.
-template <typename T, typename Source, typename Again = Source>
+// Mean and m2 of `channels` channels over chunks of rows, read through `source`.
+template <typename T, typename Source>
 class ChunkStatistics {
   using A = accumulate_t<T>;
   using P = VectorsOf<T>;
 
  public:
-  ChunkStatistics(Source source, Again again, int64_t channels, int64_t stride, double* mean,
-                  double* m2)
-      : source_(source),
-        again_(again),
+  ChunkStatistics(Source source, int64_t channels, int64_t stride)
+      : pass_{source, {}},
         channels_(channels),
         stride_(stride),
         lanes_(lanes_for<P>(channels)),
         moments_(std::is_same_v<P, Pairs> ? 2 * lanes_ : 0),
-        mean_(moments_.empty() ? mean : moments_.data()),
-        m2_(moments_.empty() ? m2 : moments_.data() + lanes_),
-        buffer_(3 * lanes_),
-        sums_{buffer_.data(), buffer_.data() + lanes_, buffer_.data() + 2 * lanes_} {
+        buffer_(3 * lanes_) {
+    A* const buffer = buffer_.data();
+    pass_.sums = {buffer, buffer + lanes_, buffer + 2 * lanes_};
+  }
+
+  // Begins a chunk, whose results are to stand in mean and m2 after finish.
+  void start(double* mean, double* m2) {
+    mean_ = moments_.empty() ? mean : moments_.data();
+    m2_ = moments_.empty() ? m2 : moments_.data() + lanes_;
     std::fill_n(mean_, lanes_, 0.0);
     std::fill_n(m2_, lanes_, 0.0);
+    std::fill(buffer_.begin(), buffer_.end(), A(0));
+    count_ = 0;
   }
 
   // Rows [begin, end) of a [rows, channels] matrix, `stride` apart.
   void rows(int64_t begin, int64_t end) {
-    for (int64_t row = begin, stop; row < end; row = stop) {
-      const int64_t tile = std::min(end - row, kTileRows);
-      stop = row + (count_ > 0 ? tile : first_share(tile));
-      sweep_rows<T>(StatisticsPass<T, Source>{source_, sums_}, row, stop, channels_, stride_);
-      if (count_ == 0) {
-        shift_to_mean(stop - row);
-        sweep_rows<T>(StatisticsPass<T, Again>{again_, sums_}, row, stop, channels_, stride_);
-      }
-      merge(stop - row);
+    const auto pass = pass_;  // what stands in a local variable is not read anew after each store
+    for (int64_t row = begin, tile; row < end; row += tile) {
+      tile = std::min(end - row, kTileRows);
+      if (count_ == 0) sample(row, tile);
+      sweep_rows<T>(pass, row, row + tile, channels_, stride_);
+      merge(tile);
     }
   }
 
@@ -127,49 +125,71 @@ class ChunkStatistics {
   }
 
  private:
-  void shift_to_mean(int64_t added) {
+  // An odd distance, so that the rows of an image do not all give the same pixel.
+  void sample(int64_t row, int64_t tile) {
+    const int64_t count = tile <= kFew ? tile : kSampleRows;
+    const int64_t step = (tile / count - 1) | 1;
+    const auto pass = pass_;
+    sweep_rows_from<T>(pass, row * stride_, count, channels_, step * stride_);
+    const ShiftedSums<A> sums = pass_.sums;
     for (int64_t c = 0; c < lanes_; ++c) {
-      sums_.shift[c] = sums_.sum[c] / static_cast<A>(added);
-      sums_.sum[c] = sums_.square[c] = 0;
+      sums.shift[c] = sums.sum[c] / static_cast<A>(count);
+      sums.sum[c] = sums.square[c] = 0;
     }
   }
 
   void merge(int64_t added) {
+    const ShiftedSums<A> sums = pass_.sums;
     const double inverse = 1.0 / static_cast<double>(added);
     const MomentsMerge join(count_, static_cast<double>(added));
     for (int64_t c = 0; c < lanes_; ++c) {
-      const double offset = sums_.sum[c] * inverse;
-      join(mean_[c], m2_[c], sums_.shift[c] + offset, sums_.square[c] - sums_.sum[c] * offset);
-      sums_.shift[c] = static_cast<A>(mean_[c]);
-      sums_.sum[c] = sums_.square[c] = 0;
+      const double offset = sums.sum[c] * inverse;
+      join(mean_[c], m2_[c], sums.shift[c] + offset, sums.square[c] - sums.sum[c] * offset);
+      sums.shift[c] = static_cast<A>(mean_[c]);
+      sums.sum[c] = sums.square[c] = 0;
     }
     count_ += static_cast<double>(added);
   }
 
-  Source source_;
-  Again again_;
+  StatisticsPass<T, Source> pass_;
   int64_t channels_, stride_;
   int64_t lanes_;  // of the per-channel arrays
   std::vector<double> moments_;
-  double *mean_, *m2_;
+  double *mean_ = nullptr, *m2_ = nullptr;
   std::vector<A> buffer_;
-  ShiftedSums<A> sums_;
   double count_ = 0;
 };
 
+// The mean of a few vectors spread over `length` elements of one channel.
+template <typename T, typename Source>
+PREACT_INLINE accumulate_t<T> sampled_mean(const Source& source, int64_t first, int64_t length) {
+  using A = accumulate_t<T>;
+  using P = VectorsOf<T>;
+  const bool few = length <= kFew;
+  const int64_t step = few ? P::lanes : std::max<int64_t>((length - P::lanes) / 3, 1);
+  auto total = P::broadcast(0);
+  int64_t count = 0, i = few ? 0 : step;
+  for (; i + P::lanes <= length; i += step, count += P::lanes) {
+    total += source.template load<P>(Offset{first + i, first + i});
+  }
+  if (few && i < length) {
+    total += source.template load<P>(Rest{first + i, length - i});
+    count = length;
+  }
+  return Pack<A>::sum(P::folded(total)) / static_cast<A>(count);
+}
+
 // The same of `images` images, each of `channels` planes of `length` elements one after another,
 // images `stride` apart. All planes of an image follow each other, whatever the tiles.
-template <typename T, typename Source, typename Again>
-void plane_statistics(Source source, Again again, int64_t first, int64_t images, int64_t stride,
+template <typename T, typename Source>
+void plane_statistics(Source source, int64_t first, int64_t images, int64_t stride,
                       int64_t channels, int64_t length, double* mean, double* m2) {
   using A = accumulate_t<T>;
   using V = Pack<A>;
   std::vector<A> buffer(channels * (1 + 2 * V::lanes));
   A* const sum = buffer.data() + channels;
   A* const square = sum + channels * V::lanes;
-  const ShiftedSums<A> sums{buffer.data(), sum, square};
-  const StatisticsPass<T, Source> pass{source, sums};
-  const StatisticsPass<T, Again> second{again, sums};
+  const StatisticsPass<T, Source> pass{source, {buffer.data(), sum, square}};
   std::fill_n(mean, channels, 0.0);
   std::fill_n(m2, channels, 0.0);
   const int64_t group =
@@ -180,21 +200,11 @@ void plane_statistics(Source source, Again again, int64_t first, int64_t images,
     for (int64_t from = 0, part; from < length; from += part) {
       part = std::min(length - from, kTileElements);
       const int64_t tile = part * (stop - image);
-      const int64_t guess = count > 0 ? 0 : std::min(part, first_share(tile));
       for (int64_t i = image; i < stop; ++i) {
         for (int64_t c = 0; c < channels; ++c) {
           const int64_t at = first + i * stride + c * length + from;
-          if (i > image || guess == 0) {
-            sweep_plane<T>(pass, at, part, c);
-            continue;
-          }
-          sweep_plane<T>(pass, at, guess, c);
-          A* const own = sum + c * V::lanes;
-          buffer[c] = V::sum(V::load(own)) / static_cast<A>(guess);
-          V::store(own, V::broadcast(0));
-          V::store(square + c * V::lanes, V::broadcast(0));
-          sweep_plane<T>(second, at, guess, c);
-          if (guess < part) sweep_plane<T>(pass, at + guess, part - guess, c);
+          if (count == 0 && i == image) buffer[c] = sampled_mean<T>(source, at, part);
+          sweep_plane<T>(pass, at, part, c);
         }
       }
       const double inverse = 1.0 / static_cast<double>(tile);
@@ -213,24 +223,25 @@ void plane_statistics(Source source, Again again, int64_t first, int64_t images,
 
 // Tasks [begin, end) of a map: each all channels of a chunk of rows, or one channel of a chunk of
 // images. A task's results stand at mean[task * width] and m2[task * width], width = its channels.
-template <typename T, typename Source, typename Again>
-void statistics_tasks(Source source, Again again, const FeatureMap& map, const Chunks& chunks,
-                      int64_t begin, int64_t end, double* mean, double* m2) {
+template <typename T, typename Source>
+void statistics_tasks(Source source, const FeatureMap& map, const Chunks& chunks, int64_t begin,
+                      int64_t end, double* mean, double* m2) {
+  if (map.channels_last) {
+    ChunkStatistics<T, Source> statistics(source, map.channels, map.channels);
+    for (int64_t task = begin; task < end; ++task) {
+      double* const own[] = {mean + task * map.channels, m2 + task * map.channels};
+      statistics.start(own[0], own[1]);
+      statistics.rows(chunks.begin(map, task), chunks.end(map, task));
+      statistics.finish(own[0], own[1]);
+    }
+    return;
+  }
   for (int64_t task = begin, next; task < end; task = next) {
     const int64_t from = chunks.begin(map, task), to = chunks.end(map, task);
-    if (map.channels_last) {
-      next = task + 1;
-      double* const own[] = {mean + task * map.channels, m2 + task * map.channels};
-      ChunkStatistics<T, Source, Again> statistics(source, again, map.channels, map.channels,
-                                                   own[0], own[1]);
-      statistics.rows(from, to);
-      statistics.finish(own[0], own[1]);
-    } else {
-      const int64_t channel = task % map.channels;
-      next = std::min(task - channel + map.channels, end);
-      plane_statistics<T>(source, again, (from * map.channels + channel) * map.spatial, to - from,
-                          map.channels * map.spatial, next - task, map.spatial, mean + task,
-                          m2 + task);
-    }
+    const int64_t channel = task % map.channels;
+    next = std::min(task - channel + map.channels, end);
+    plane_statistics<T>(source, (from * map.channels + channel) * map.spatial, to - from,
+                        map.channels * map.spatial, next - task, map.spatial, mean + task,
+                        m2 + task);
   }
 }

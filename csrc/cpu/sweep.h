@@ -2,17 +2,21 @@
 //
 // A pass is a struct with inlined members, each for a holder P (Pairs, Pack or Single):
 //   begin<P, Get>(c)    -> Regs<P>: the per-channel values of channel c (and those after it)
-//   element<P>(regs, at)          : the work on P::lanes elements at an Offset, or on a Rest
+//   element<P>(regs, at)          : the work on P::lanes elements at an Offset, a Rest or a Tail
 //   join(regs, other)             : what `other` accumulated is added to regs
 //   end<P, Get>(regs, c)          : what was accumulated goes back to the per-channel arrays
-// and kRows, how many rows of channels share one load of the per-channel values: 8 where maps are
-// read only, 4 where one is written; of longer rows 4.
+// kRows, how many rows of channels share one load of the per-channel values: 8 where maps are read
+// only, 4 where one is written; and kAgain, whether an element may be worked on twice: not where a
+// map may be written that is read.
 // Get says how a per-channel array is read: one value per lane, or one for all lanes.
 
-// Still longer rows are walked one by one: at these distances lines of several rows and maps fall
-// into few sets of the cache.
-constexpr int64_t kShortRow = 512, kLongestShared = 2048;  // bytes
+// Of longer rows 4 share a load, still longer ones are walked one by one: at these distances lines
+// of several rows and maps fall into few sets of the cache.
+constexpr int64_t kShortRow = 512, kLongestShared = 2048;  // bytes; where maps are read only, 1024
 constexpr int kLongRows = 4;
+
+// A chain of more additions into one float would round noticeably more than sums of sums do.
+constexpr int64_t kChainRows = 32;
 
 struct AlongChannels {
   template <typename P, typename A>
@@ -39,73 +43,187 @@ struct WithinChannel {
   }
 };
 
-template <typename P, int Rows, typename Pass>
-PREACT_INLINE void sweep_channels(const Pass& pass, int64_t row, int64_t channels, int64_t stride,
-                                  int64_t ahead, int64_t& c) {
-  for (; c + P::lanes <= channels; c += P::lanes) {
-    auto regs = pass.template begin<P, AlongChannels>(c);
-#pragma GCC unroll 8
-    for (int r = 0; r < Rows; ++r)
-      pass.template element<P>(regs, Offset{(row + r) * stride + c, ahead});
-    pass.template end<P, AlongChannels>(regs, c);
+// Vectors side by side that keep what a pass holds in registers.
+template <typename Pass, typename P>
+constexpr int columns_of() {
+  using Regs = decltype(std::declval<Pass>().template begin<P, AlongChannels>(0));
+  constexpr int kEach = static_cast<int>(sizeof(Regs)) / PREACT_VECTOR_BYTES;
+  // Of 16 registers too few are left where a result is rounded and written.
+  constexpr int kHeld = PREACT_VECTOR_BYTES == 64 ? 24 : Pass::kRows > kLongRows ? 12 : 0;
+  return kHeld >= 4 * kEach ? 4 : kHeld >= 2 * kEach ? 2 : 1;
+}
+
+// Columns vectors side by side, from channel c on, of the `rows` rows from offset `first` on; Rows
+// of them at a time, each with sums of its own. Elements `ahead` are asked for.
+template <typename P, int Rows, int Columns, typename Pass>
+PREACT_INLINE void sweep_columns(const Pass& pass, int64_t first, int64_t rows, int64_t stride,
+                                 int64_t ahead, int64_t c) {
+  decltype(pass.template begin<P, AlongChannels>(c)) regs[Rows * Columns];
+#pragma GCC unroll 4
+  for (int i = 0; i < Rows * Columns; ++i) {
+    regs[i] = pass.template begin<P, AlongChannels>(c + i % Columns * P::lanes);
+  }
+  int64_t at = first + c;
+#pragma GCC unroll 4
+  for (; rows >= Rows; rows -= Rows, at += Rows * stride) {
+#pragma GCC unroll 4
+    for (int i = 0; i < Rows * Columns; ++i) {
+      const int64_t own = at + i / Columns * stride + i % Columns * P::lanes;
+      pass.template element<P>(regs[i], Offset{own, own + ahead});
+    }
+  }
+  for (; rows > 0; --rows, at += stride) {
+#pragma GCC unroll 4
+    for (int i = 0; i < Columns; ++i) {
+      const int64_t own = at + i * P::lanes;
+      pass.template element<P>(regs[i], Offset{own, own + ahead});
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = Columns; i < Rows * Columns; ++i) pass.join(regs[i % Columns], regs[i]);
+#pragma GCC unroll 4
+  for (int i = 0; i < Columns; ++i) {
+    pass.template end<P, AlongChannels>(regs[i], c + i * P::lanes);
   }
 }
 
-template <typename T, int Rows, typename Pass>
-PREACT_INLINE void sweep_some_rows(const Pass& pass, int64_t row, int64_t channels,
-                                   int64_t stride) {
+template <typename P, int Columns, typename Pass>
+PREACT_INLINE void sweep_channels(const Pass& pass, int64_t first, int64_t rows, int64_t channels,
+                                  int64_t stride, int64_t ahead, int64_t& c) {
+  for (; c + Columns * P::lanes <= channels; c += Columns * P::lanes) {
+    sweep_columns<P, 1, Columns>(pass, first, rows, stride, ahead, c);
+  }
+}
+
+template <typename T, typename Pass>
+PREACT_INLINE void sweep_some_rows(const Pass& pass, int64_t first, int64_t rows, int64_t channels,
+                                   int64_t stride, int64_t ahead) {
   using P = VectorsOf<T>;
-  // At least to the same place in the next rows.
-  const int64_t ahead = std::max<int64_t>(kAhead, Rows * stride * static_cast<int64_t>(sizeof(T)));
+  // Where narrow elements are written, in the order that memory takes them best.
+  constexpr bool kPlain = std::is_same_v<P, Pairs> && Pass::kRows <= kLongRows;
+  constexpr int kColumns = kPlain ? 1 : columns_of<Pass, P>();
   int64_t c = 0;
-  sweep_channels<P, Rows>(pass, row, channels, stride, ahead, c);
+  sweep_channels<P, kColumns>(pass, first, rows, channels, stride, ahead, c);
+  if constexpr (kColumns > 1) sweep_channels<P, 1>(pass, first, rows, channels, stride, ahead, c);
   if constexpr (!std::is_same_v<P, Pairs>) {
-    sweep_channels<Single<accumulate_t<T>>, Rows>(pass, row, channels, stride, ahead, c);
+    sweep_channels<Single<accumulate_t<T>>, 1>(pass, first, rows, channels, stride, ahead, c);
   } else if (c < channels) {
     auto regs = pass.template begin<P, AlongChannels>(c);
-    for (int r = 0; r < Rows; ++r) {
-      pass.template element<P>(regs, Rest{(row + r) * stride + c, channels - c});
+    for (int64_t row = 0; row < rows; ++row) {
+      pass.template element<P>(regs, Rest{first + row * stride + c, channels - c});
     }
     pass.template end<P, AlongChannels>(regs, c);
   }
 }
 
-// Rows [begin, end) of a [rows, channels] matrix, `stride` apart; per-channel arrays are as
-// to_lanes makes them.
+template <typename T>
+constexpr int64_t ahead_of() {
+  return kAhead / static_cast<int64_t>(sizeof(T));
+}
+
+// As sweep_rows_from, rows whose sums may be one chain of additions.
+template <typename T, typename Pass>
+PREACT_INLINE void sweep_chain(const Pass& pass, int64_t first, int64_t rows, int64_t channels,
+                               int64_t stride) {
+  using P = VectorsOf<T>;
+  constexpr int kColumns = columns_of<Pass, P>();
+  constexpr int64_t kAheadOf = ahead_of<T>(), kSize = sizeof(T);
+  constexpr bool kReads = Pass::kRows > kLongRows;
+  const int64_t bytes = channels * kSize;
+  // Whole rows in registers, which sums leave at the end alone.
+  const int64_t some_ahead = kAhead / std::max<int64_t>(bytes, 1) * stride;
+  if (channels == kColumns * P::lanes) {
+    return sweep_columns<P, 1, kColumns>(pass, first, rows, stride, some_ahead, 0);
+  }
+  if constexpr (kColumns >= 2) {
+    if (channels == P::lanes) {
+      return sweep_columns<P, kColumns, 1>(pass, first, rows, stride, some_ahead, 0);
+    }
+  }
+  if constexpr (kColumns == 4) {
+    if (channels == 2 * P::lanes) {
+      return sweep_columns<P, 2, 2>(pass, first, rows, stride, some_ahead, 0);
+    }
+  }
+  // All rows of some columns, if these are four lines wide; of fewer, memory would not keep up.
+  constexpr int64_t kSide = kColumns * P::lanes * kSize;
+  if constexpr (kReads && kSide >= 256) {
+    if (channels % P::lanes == 0 && stride * kSize <= kLongestShared) {
+      return sweep_some_rows<T>(pass, first, rows, channels, stride, kAhead / kSide * stride);
+    }
+  }
+  // Numbers of rows that the compiler knows.
+  for (; bytes <= (kReads ? 2 * kShortRow : kShortRow) && rows >= Pass::kRows;
+       rows -= Pass::kRows) {
+    sweep_some_rows<T>(pass, first, Pass::kRows, channels, stride,
+                       std::max(kAheadOf, Pass::kRows * stride));
+    first += Pass::kRows * stride;
+  }
+  for (; bytes <= kLongestShared && rows >= kLongRows; rows -= kLongRows) {
+    sweep_some_rows<T>(pass, first, kLongRows, channels, stride,
+                       std::max(kAheadOf, kLongRows * stride));
+    first += kLongRows * stride;
+  }
+  for (; rows > 0; --rows, first += stride) {
+    sweep_some_rows<T>(pass, first, 1, channels, stride, std::max(kAheadOf, stride));
+  }
+}
+
+// The `rows` rows from offset `first` on of a matrix whose rows are `stride` apart; per-channel
+// arrays are as to_lanes makes them.
+template <typename T, typename Pass>
+PREACT_INLINE void sweep_rows_from(const Pass& pass, int64_t first, int64_t rows, int64_t channels,
+                                   int64_t stride) {
+  for (int64_t some; rows > 0; rows -= some, first += some * stride) {
+    some = std::min(rows, kChainRows);
+    sweep_chain<T>(pass, first, some, channels, stride);
+  }
+}
+
+// Rows [begin, end) of a [rows, channels] matrix.
 template <typename T, typename Pass>
 PREACT_INLINE void sweep_rows(const Pass& pass, int64_t begin, int64_t end, int64_t channels,
                               int64_t stride) {
-  const int64_t bytes = channels * static_cast<int64_t>(sizeof(T));
-  int64_t row = begin;
-  for (; bytes <= kShortRow && row + Pass::kRows <= end; row += Pass::kRows) {
-    sweep_some_rows<T, Pass::kRows>(pass, row, channels, stride);
-  }
-  for (; bytes <= kLongestShared && row + kLongRows <= end; row += kLongRows) {
-    sweep_some_rows<T, kLongRows>(pass, row, channels, stride);
-  }
-  for (; row < end; ++row) sweep_some_rows<T, 1>(pass, row, channels, stride);
+  sweep_rows_from<T>(pass, begin * stride, end - begin, channels, stride);
 }
 
 // `length` elements from offset `first` on, all of channel c. Independent accumulators hide the
-// latency of an add.
+// latency of an add; a short run has none to hide, others are worked on meanwhile.
 template <typename T, typename Pass>
 PREACT_INLINE void sweep_plane(const Pass& pass, int64_t first, int64_t length, int64_t c) {
   using P = VectorsOf<T>;
+  constexpr int64_t kLong = 16 * P::lanes, kAheadOf = ahead_of<T>();
   auto regs = pass.template begin<P, WithinChannel>(c);
-  auto second = regs, third = regs, fourth = regs;
+  auto second = regs;
   const int64_t end = first + length;
   int64_t i = first;
-  for (; i + 4 * P::lanes <= end; i += 4 * P::lanes) {
-    pass.template element<P>(regs, Offset{i, kAhead});
-    pass.template element<P>(second, Offset{i + P::lanes, kAhead});
-    pass.template element<P>(third, Offset{i + 2 * P::lanes, kAhead});
-    pass.template element<P>(fourth, Offset{i + 3 * P::lanes, kAhead});
+  if (length >= kLong) {
+    auto third = regs, fourth = regs;
+    for (; i + 4 * P::lanes <= end; i += 4 * P::lanes) {
+      pass.template element<P>(regs, Offset{i, i + kAheadOf});
+      pass.template element<P>(second, Offset{i + P::lanes, i + P::lanes + kAheadOf});
+      pass.template element<P>(third, Offset{i + 2 * P::lanes, i + 2 * P::lanes + kAheadOf});
+      pass.template element<P>(fourth, Offset{i + 3 * P::lanes, i + 3 * P::lanes + kAheadOf});
+    }
+    pass.join(regs, third);
+    pass.join(second, fourth);
   }
-  pass.join(third, fourth);
-  for (; i + P::lanes <= end; i += P::lanes) pass.template element<P>(second, Offset{i, kAhead});
-  if (i < end) pass.template element<P>(third, Rest{i, end - i});
+  for (; i + 2 * P::lanes <= end; i += 2 * P::lanes) {
+    pass.template element<P>(regs, Offset{i, i + kAheadOf});
+    pass.template element<P>(second, Offset{i + P::lanes, i + P::lanes + kAheadOf});
+  }
+  if (i + P::lanes <= end) {
+    pass.template element<P>(regs, Offset{i, i + kAheadOf});
+    i += P::lanes;
+  }
+  if (i < end) {
+    if (Pass::kAgain && length >= P::lanes) {
+      pass.template element<P>(second, Tail{end - P::lanes, i - (end - P::lanes)});
+    } else {
+      pass.template element<P>(second, Rest{i, end - i});
+    }
+  }
   pass.join(regs, second);
-  pass.join(regs, third);
   pass.template end<P, WithinChannel>(regs, c);
 }
 
