@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -271,12 +272,35 @@ def _stand_in(tracer: Tracer, name: str, kind: Kind) -> Any:
     return node
 
 
+@contextmanager
+def _no_functions() -> Iterator[None]:
+    """Refuses autograd Functions of stand-ins: torch before 2.14 hands them on to code that takes
+    whatever calls itself a tensor for one, and ends the process."""
+    utils = torch._functorch.utils
+    unwrap = getattr(utils, "unwrap_dead_wrappers", None)
+    if unwrap is None:
+        yield
+        return
+
+    def checked(args: tuple[Any, ...]) -> Any:
+        if any(issubclass(type(arg), Proxy) for arg in args):
+            raise TracingError("it calls an autograd Function")
+        return unwrap(args)
+
+    utils.unwrap_dead_wrappers = checked
+    try:
+        yield
+    finally:
+        utils.unwrap_dead_wrappers = unwrap
+
+
 def _run(tracer: Tracer, root: nn.Module, shadow: Any, signature: Signature) -> None:
     grad, _, autocast, _ = tracer.modes
     with (
         torch.set_grad_enabled(grad),
         torch.autocast("cpu", enabled=autocast),
         no_random_numbers(),
+        _no_functions(),
         NoConstants(),
     ):
         args = [_stand_in(tracer, f"preact_arg_{i}", k) for i, k in enumerate(signature.args)]
