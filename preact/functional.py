@@ -301,11 +301,12 @@ def residual_unit(
         save_activation,
         return_statistics,
     )
-    output, *found = autograd.ResidualUnit.apply(backend, input, settings, *parameters)
-    handed_on = (found.pop(0), found.pop(0)) if return_statistics else None
+    output, *vectors = autograd.ResidualUnit.apply(backend, input, settings, *parameters)
+    found = iter(vectors)
+    handed_on = (next(found), next(found)) if return_statistics else None
     for index, (norm, _) in enumerate(layers):
         if norm.training:
-            own = first if index == 0 else (found.pop(0), found.pop(0))
+            own = first if index == 0 else (next(found), next(found))
             batch, _, height, width = shapes[index]
             update_running_stats([norm], [own], batch * height * width)
     return output, handed_on

@@ -43,13 +43,16 @@ def network(
     if name == "densenet121":
         torchvision = pytest.importorskip("torchvision")
         eager, size = torchvision.models.densenet121(num_classes=10), 64
+    elif name == "small densenet":
+        torchvision = pytest.importorskip("torchvision")
+        eager, size = torchvision.models.DenseNet(16, (3, 4, 3), 32, num_classes=10), 64
     else:
         eager = models.preresnet20()
     eager = eager.to(memory_format=layout)
     fused = copy.deepcopy(eager)
-    if name == "densenet121":
+    if "densenet" in name:
         report = preact.fuse_(fused)
-        assert len(report.fused) >= 120, report
+        assert len(report.fused) >= (120 if name == "densenet121" else 20), report
     batches = [
         (
             torch.randn(4, 3, size, size).contiguous(memory_format=layout),
@@ -74,13 +77,14 @@ def test_three_steps_agree_in_float64(name, layout):
         assert_same_in_float64(found, expected)
 
 
-def test_three_steps_in_float32_are_as_near_to_float64_as_eagers():
+@pytest.mark.parametrize(("name", "runs"), [("preresnet20", 40), ("small densenet", 9)])
+def test_three_steps_in_float32_are_as_near_to_float64_as_eagers(name, runs):
     """An element whose z rounds to the other side of zero changes a gradient by a whole term, in
     about every second run, in eager as in preact: the median of many runs is compared."""
     distances: dict[str, list[list[float]]] = {"reference": [], "cpp": []}
-    for seed in range(40):
+    for seed in range(runs):
         torch.manual_seed(seed)
-        eager, fused, batches = network("preresnet20", torch.channels_last)
+        eager, fused, batches = network(name, torch.channels_last)
         exact = three_steps(copy.deepcopy(eager).double(), batches, "reference")
         for backend, model in (("reference", eager), ("cpp", fused)):
             found = three_steps(model, batches, backend)
@@ -94,13 +98,6 @@ def test_three_steps_in_float32_are_as_near_to_float64_as_eagers():
     ):
         allowed = EAGER_FACTOR * statistics.median(eagers) + 1e-6
         assert statistics.median(ours) <= allowed, (part, ours, eagers)
-
-
-def test_three_steps_of_densenet_in_float32():
-    torch.manual_seed(0)
-    eager, fused, batches = network("densenet121", torch.channels_last)
-    expected = three_steps(eager, batches, "reference")[0]
-    torch.testing.assert_close(three_steps(fused, batches, "cpp")[0], expected, rtol=1e-3, atol=0)
 
 
 def bytes_kept(model: torch.nn.Module, images: torch.Tensor) -> int:

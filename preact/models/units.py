@@ -245,7 +245,7 @@ class ResidualUnit(nn.Module):
         # Norms between the convolutions: those of full pre-activation stand one place further on.
         between = self.norms[1:] if self.takes_statistics else self.norms[:-1]
         wanted = self.training if self.arrangement.after == "norm_relu" else wanted
-        joined = bool(between) and self.arrangement.end == "" and factor is None
+        joined = len(between) > 0 and self.arrangement.end == "" and factor is None
         found: Statistics | None = None
         for index, (norm, conv) in enumerate(zip(between, self.convs[1:], strict=True)):
             joins = joined and index == len(between) - 1
