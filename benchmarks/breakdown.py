@@ -14,11 +14,12 @@ from torch.profiler import ProfilerActivity, profile
 import preact
 
 from . import floor, hardware, timing
+from .choices import Choices
 from .networks import NETWORKS, Network
 from .providers import PROVIDERS
 from .records import Value, write_records
 from .report import wide_console
-from .workload import forward_backward, make_batch, make_step, settled_model, to_layout
+from .workload import DTYPES, forward_backward, make_batch, make_step, settled_model, to_layout
 
 __all__ = ["PARTS", "breakdown", "measure", "part_of"]
 
@@ -96,29 +97,26 @@ def _profiled(step: Callable[[], None], rounds: int) -> dict[str, float]:
 
 
 @click.command()
-@click.option("--networks", default=DEFAULT, show_default=True, help="With commas.")
-@click.option("--dtypes", default="float32,bfloat16", show_default=True, help="With commas.")
+@click.option(
+    "--networks", type=Choices(NETWORKS), default=DEFAULT, show_default=True, help="With commas."
+)
+@click.option("--dtypes", type=Choices(DTYPES), default="all", help="With commas.  [all]")
 @click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True)
 @click.option(
     "--output", type=click.Path(file_okay=False, path_type=Path), default=RESULTS,
     help="Folder for the CSV file.  [benchmarks/results]",
 )  # fmt: skip
-def breakdown(networks: str, dtypes: str, rounds: int, output: Path) -> None:
+def breakdown(networks: list[str], dtypes: list[str], rounds: int, output: Path) -> None:
     """Where a training step's time goes on the CPU, beside the convolutions alone."""
     console = wide_console()
-    unknown = sorted(set(networks.split(",")) - set(NETWORKS))
-    if unknown:
-        raise click.UsageError(f"unknown networks: {', '.join(unknown)}")
-    if set(dtypes.split(",")) - {"float32", "bfloat16"}:
-        raise click.UsageError(f"--dtypes must be of float32, bfloat16, got {dtypes}")
     preact.retain_freed_memory()
     table = Table(title="milliseconds of a training step, channels_last", title_justify="left")
     for heading in ("network", "type", "step", "floor", "step / floor", *PARTS):
         table.add_column(heading)
     rows: list[dict[str, Value]] = []
     output.mkdir(parents=True, exist_ok=True)
-    for name in networks.split(","):
-        for dtype in dtypes.split(","):
+    for name in networks:
+        for dtype in dtypes:
             with console.status(f"{name}, {dtype}"):
                 row = measure(NETWORKS[name], dtype, rounds)
             rows.append({**row, **hardware.describe(torch.device("cpu"), "retain")})

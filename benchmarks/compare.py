@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -26,6 +26,7 @@ from preact import environment
 
 from . import hardware, plots, report
 from .cases import Case, Settings, reason, run_case
+from .choices import Choices
 from .networks import NETWORKS, Network, available
 from .providers import BASELINE, PROVIDERS
 from .rows import Row, write_csv
@@ -37,31 +38,6 @@ RESULTS = Path(__file__).parent / "results"
 SECONDS, QUICK_SECONDS = 15.0, 4.0
 MINUTES = 6.0
 """Of a run that names no network, on the slowest machine: as many cases as fit."""
-
-
-class _Choices(click.ParamType[list[str]]):
-    """A comma-separated list of names; "all" stands for every one."""
-
-    name = "list"
-
-    def __init__(self, allowed: Collection[str]) -> None:
-        self.allowed = allowed
-
-    def convert(
-        self,
-        value: str | Sequence[str],
-        param: click.Parameter | None,
-        ctx: click.Context | None,
-    ) -> list[str]:
-        if not isinstance(value, str):
-            return list(value)
-        if value == "all":
-            return list(self.allowed)
-        names = [name.strip() for name in value.split(",") if name.strip()]
-        for name in names:
-            if name not in self.allowed:
-                self.fail(f"unknown name {name!r}; known are {', '.join(self.allowed)}", param, ctx)
-        return list(dict.fromkeys(names))
 
 
 def _list(console: Console) -> None:
@@ -200,15 +176,15 @@ def _succeeded(results: Sequence[Sequence[Row]]) -> bool:
 @click.command("compare")
 @click.option("--list", "list_only", is_flag=True, help="Show what can be measured, and stop.")
 @click.option("--quick", is_flag=True, help="About a minute: preresnet20, float32, no compile.")
-@click.option("--networks", type=_Choices(NETWORKS), help="Names with commas, or all.")
-@click.option("--providers", type=_Choices(PROVIDERS), help="Eager always runs.  [all but folded]")
+@click.option("--networks", type=Choices(NETWORKS), help="Names with commas, or all.")
+@click.option("--providers", type=Choices(PROVIDERS), help="Eager always runs.  [all but folded]")
 @click.option(
-    "--dtypes", type=_Choices(DTYPES), help="bfloat16 is autocast.  [those the device has]"
+    "--dtypes", type=Choices(DTYPES), help="bfloat16 is autocast.  [those the device has]"
 )
-@click.option("--modes", type=_Choices(MODES), default="all", show_default=True)
+@click.option("--modes", type=Choices(MODES), default="all", show_default=True)
 @click.option(
     "--layouts",
-    type=_Choices(LAYOUTS),
+    type=Choices(LAYOUTS),
     help="[channels_last on a CPU, where it is the fastest for every provider; else all]",
 )
 @click.option("--device", help="cuda, cuda:1, cpu.  [cuda if there is one, else cpu]")

@@ -17,12 +17,13 @@ from rich.table import Table
 import preact
 
 from . import hardware, timing
+from .choices import Choices
 from .networks import NETWORKS
 from .processes import in_new_process
 from .providers import PROVIDERS
 from .records import Value, write_records
 from .report import wide_console
-from .workload import make_batch, make_step, settled_model, to_layout
+from .workload import DTYPES, make_batch, make_step, settled_model, to_layout
 
 __all__ = ["ALLOCATORS", "faults", "steps_alone"]
 
@@ -59,11 +60,12 @@ def steps_alone(
 @click.command()
 @click.option(
     "--networks",
+    type=Choices(NETWORKS),
     default="preresnet56,preresnet83,densenet121",
     show_default=True,
     help="With commas.",
 )
-@click.option("--dtypes", default="float32,bfloat16", show_default=True, help="With commas.")
+@click.option("--dtypes", type=Choices(DTYPES), default="all", help="With commas.  [all]")
 @click.option(
     "--rounds",
     type=click.IntRange(min=1),
@@ -76,14 +78,9 @@ def steps_alone(
     "--output", type=click.Path(file_okay=False, path_type=Path), default=RESULTS,
     help="Folder for the CSV file.  [benchmarks/results]",
 )  # fmt: skip
-def faults(networks: str, dtypes: str, rounds: int, steps: int, output: Path) -> None:
+def faults(networks: list[str], dtypes: list[str], rounds: int, steps: int, output: Path) -> None:
     """Training steps and their page faults, each provider alone in its process, as the C allocator
     is and told to keep freed memory (``preact.retain_freed_memory``)."""
-    unknown = sorted(set(networks.split(",")) - set(NETWORKS))
-    if unknown:
-        raise click.UsageError(f"unknown networks: {', '.join(unknown)}")
-    if set(dtypes.split(",")) - {"float32", "bfloat16"}:
-        raise click.UsageError(f"--dtypes must be of float32, bfloat16, got {dtypes}")
     console = wide_console()
     table = Table(title="training steps, a process each, channels_last", title_justify="left")
     for heading in (
@@ -101,8 +98,8 @@ def faults(networks: str, dtypes: str, rounds: int, steps: int, output: Path) ->
     threads = torch.get_num_threads()
     records: list[dict[str, Value]] = []
     output.mkdir(parents=True, exist_ok=True)
-    for network in networks.split(","):
-        for dtype in dtypes.split(","):
+    for network in networks:
+        for dtype in dtypes:
             found: dict[tuple[str, str], list[tuple[float, float]]] = {kind: [] for kind in kinds}
             for number in range(rounds):
                 for kind in kinds:

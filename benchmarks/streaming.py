@@ -14,8 +14,10 @@ import preact
 from preact import backends
 
 from . import hardware, timing
+from .choices import Choices
 from .records import Value, write_records
 from .report import wide_console
+from .workload import DTYPES
 
 __all__ = ["OPS", "map_shape", "measure", "streaming"]
 
@@ -108,18 +110,10 @@ def measure(
     }
 
 
-def _chosen(context: click.Context, parameter: click.Parameter, value: str) -> list[str]:
-    known = {"dtypes": ["float32", "bfloat16"], "layouts": [*LAYOUTS], "levels": [*LEVELS]}
-    allowed = known[str(parameter.name)]
-    if set(value.split(",")) - set(allowed):
-        raise click.BadParameter(f"must be of {', '.join(allowed)}, got {value}")
-    return value.split(",")
-
-
 @click.command()
-@click.option("--dtypes", default="float32,bfloat16", show_default=True, callback=_chosen)
-@click.option("--layouts", default=",".join(LAYOUTS), show_default=True, callback=_chosen)
-@click.option("--levels", default=",".join(LEVELS), show_default=True, callback=_chosen)
+@click.option("--dtypes", type=Choices(DTYPES), default="all", help="With commas.  [all]")
+@click.option("--layouts", type=Choices(LAYOUTS), default="all", help="With commas.  [all]")
+@click.option("--levels", type=Choices(LEVELS), default="all", help="With commas.  [all]")
 @click.option("--channels", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--size", type=click.IntRange(min=1), default=32, show_default=True, help="Pixels.")
 @click.option("--rounds", type=click.IntRange(min=1), default=15, show_default=True)

@@ -6,11 +6,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from click.testing import CliRunner
 
+import preact
 from benchmarks import faults, timing
 from benchmarks.__main__ import main
 from benchmarks.records import read_records
+from preact import memory
 
 # Maps of 40 MiB, which by default glibc takes from the system and gives back one by one.
 STEPS = """
@@ -39,9 +42,6 @@ def test_freed_memory_causes_no_faults_where_it_is_retained():
 
 
 def test_a_c_library_without_the_setting_is_told(monkeypatch):
-    import preact
-    from preact import memory
-
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())
     with pytest.raises(RuntimeError, match="no mallopt"):
         preact.retain_freed_memory()
@@ -70,9 +70,7 @@ def test_command(tmp_path, monkeypatch):
     assert CliRunner().invoke(main, ["faults", "--dtypes", "float16"]).exit_code == 2
 
 
-def test_a_step_alone(monkeypatch):
-    import torch
-
+def test_a_step_alone():
     seconds, count = faults.steps_alone(
         "preresnet20", "float32", "preact", "default", 1, torch.get_num_threads()
     )
