@@ -1,10 +1,10 @@
-#define PREACT_AMX_KERNELS "cpu/batch_norm_relu_conv2d_backward_amx_kernel.h"
+#define PREACT_TILES_KERNELS "cpu/batch_norm_relu_conv2d_backward_tiles_kernel.h"
 #include "cpu/foreach_capability.h"
 
 #include "cpu/conv2d_tiles_host.h"
 
 namespace preact::cpu {
-#if PREACT_AMX
+#if PREACT_TILES
 namespace {
 
 // Rows [4, C], by lane.
@@ -113,9 +113,9 @@ void tiled_backward(const Tensor& grad_output, const Tensor& input, const Affine
   const auto chunks = BlockChunks::of_gradients(blocks, size);
   float* const sums = scratch(Slot::sums, chunks.count * size);
   std::vector<double> sum_dz(chunks.count * channels), sum_dz_x(chunks.count * channels);
+  const auto run = PREACT_SELECT_TILES(batch_norm_relu_conv2d_backward_tiles);
   torch::stable::parallel_for(0, chunks.count, 1, [&](int64_t begin, int64_t end) {
-    amx::batch_norm_relu_conv2d_backward_tiles(task, chunks, begin, end, sum_dz.data(),
-                                               sum_dz_x.data(), sums);
+    run(task, chunks, begin, end, sum_dz.data(), sum_dz_x.data(), sums);
   });
   write_norm_gradients(sum_dz, sum_dz_x, chunks.count, affine, found.grad_weight, found.grad_bias);
   with_weight_type(conv_weight, [&](auto type) {
@@ -129,7 +129,7 @@ void tiled_backward(const Tensor&, const Tensor&, const Affine<float>&, const Te
                     const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
                     const OptionalTensor&, const std::optional<UnitAfter>&, const Conv2dShape&,
                     const ConvGradients&) {
-  STD_TORCH_CHECK(false, "built without tile registers");
+  STD_TORCH_CHECK(false, "built without bfloat16 kernels");
 }
 
 #endif

@@ -1,10 +1,10 @@
-#define PREACT_AMX_KERNELS "cpu/batch_norm_relu_conv2d_amx_kernel.h"
+#define PREACT_TILES_KERNELS "cpu/batch_norm_relu_conv2d_tiles_kernel.h"
 #include "cpu/foreach_capability.h"
 
 #include "cpu/conv2d_tiles_host.h"
 
 namespace preact::cpu {
-#if PREACT_AMX
+#if PREACT_TILES
 
 std::tuple<Tensor, Tensor> tiled_forward(const Tensor& input, const Affine<float>& affine,
                                          const Tensor& conv_weight, const OptionalTensor& bias,
@@ -35,9 +35,9 @@ std::tuple<Tensor, Tensor> tiled_forward(const Tensor& input, const Affine<float
 
   const auto chunks = BlockChunks::of_result(blocks);
   Partials partials(chunks.count, shape.out_channels);
+  const auto run = PREACT_SELECT_TILES(batch_norm_relu_conv2d_tiles);
   torch::stable::parallel_for(0, chunks.count, 1, [&](int64_t begin, int64_t end) {
-    amx::batch_norm_relu_conv2d_tiles(task, chunks, begin, end, partials.first.data(),
-                                      partials.second.data());
+    run(task, chunks, begin, end, partials.first.data(), partials.second.data());
   });
   const auto count_of = [&](int64_t chunk) {
     return direct.pixels(chunks.begin(chunk), chunks.end(chunk));
@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor> tiled_forward(const Tensor& input, const Affine<float
 std::tuple<Tensor, Tensor> tiled_forward(const Tensor&, const Affine<float>&, const Tensor&,
                                          const OptionalTensor&, const OptionalTensor&,
                                          const Conv2dShape&, const Tensor&) {
-  STD_TORCH_CHECK(false, "built without tile registers");
+  STD_TORCH_CHECK(false, "built without bfloat16 kernels");
 }
 
 #endif

@@ -7,21 +7,26 @@
 #if PREACT_X86
 #include <cpuid.h>
 #endif
-#if PREACT_AMX
+#if PREACT_TILES
 #include <sys/syscall.h>
 #include <unistd.h>
 #elif PREACT_X86
-#pragma message("preact: no AMX kernels, they need Linux and GCC 11 or Clang 12")
+#pragma message("preact: no bfloat16 kernels, they need Linux and GCC 11 or Clang 12")
 #endif
 
 namespace preact {
 namespace {
 
-#if PREACT_AMX
+#if PREACT_TILES
+// Both suppose AVX-512.
+bool detect_avx512_bf16() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  constexpr unsigned kBFloat16 = 1u << 5;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & kBFloat16);
+}
 bool detect_amx() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  constexpr unsigned kBFloat16 = 1u << 5, kTileBFloat16 = 1u << 22, kTile = 1u << 24;
-  if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) || !(eax & kBFloat16)) return false;
+  constexpr unsigned kTileBFloat16 = 1u << 22, kTile = 1u << 24;
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
   if (!(edx & kTileBFloat16) || !(edx & kTile)) return false;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
@@ -39,8 +44,10 @@ Capability detect() {
   }
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-#if PREACT_AMX
-  if (avx512 && detect_amx()) return Capability::amx;
+#if PREACT_TILES
+  if (avx512 && detect_avx512_bf16()) {
+    return detect_amx() ? Capability::amx : Capability::avx512_bf16;
+  }
 #endif
   return avx512 ? Capability::avx512 : Capability::avx2;
 #else
@@ -54,6 +61,7 @@ Capability lowered(Capability detected) {
   if (std::strcmp(wanted, "baseline") == 0) return Capability::baseline;
   if (std::strcmp(wanted, "avx2") == 0) return std::min(detected, Capability::avx2);
   if (std::strcmp(wanted, "avx512") == 0) return std::min(detected, Capability::avx512);
+  if (std::strcmp(wanted, "avx512_bf16") == 0) return std::min(detected, Capability::avx512_bf16);
   return detected;
 }
 
@@ -69,6 +77,7 @@ Capability capability() {
 extern "C" __attribute__((visibility("default"))) const char* preact_cpu_capability() {
   switch (preact::capability()) {
     case preact::Capability::amx: return "AMX";
+    case preact::Capability::avx512_bf16: return "AVX512_BF16";
     case preact::Capability::avx512: return "AVX512";
     case preact::Capability::avx2: return "AVX2";
     default: return "baseline";

@@ -7,18 +7,18 @@
 #define PREACT_X86 0
 #endif
 
-// Tile registers: the compiler has to know AVX512_BF16, the assembler AMX, and the kernel of the
-// system grants them to a process that asks.
+// Products of bfloat16 tiles: the compiler has to know AVX512_BF16, the assembler AMX, and the
+// kernel of the system grants tile registers to a process that asks.
 #if PREACT_X86 && defined(__x86_64__) && defined(__linux__) && \
     ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11))
-#define PREACT_AMX 1
+#define PREACT_TILES 1
 #else
-#define PREACT_AMX 0
+#define PREACT_TILES 0
 #endif
 
 namespace preact {
 
-enum class Capability { baseline, avx2, avx512, amx };
+enum class Capability { baseline, avx2, avx512, avx512_bf16, amx };
 
 // The best set this processor runs; PREACT_CPU_CAPABILITY in the environment lowers it.
 Capability capability();
@@ -34,3 +34,8 @@ Capability capability();
 #else
 #define PREACT_SELECT(name, T) (&::preact::baseline::name<T>)
 #endif
+
+// The same of a kernel of the two levels that multiply bfloat16.
+#define PREACT_SELECT_TILES(name)                                             \
+  (::preact::capability() == ::preact::Capability::amx ? &::preact::amx::name \
+                                                       : &::preact::avx512_bf16::name)

@@ -34,11 +34,13 @@ TileGather::TileGather(Gather given, int64_t channels) : gather(std::move(given)
       const bool pair = i + 1 < taps && gather.taps[order[i + 1]] == gather.taps[tap] + kBlock;
       steps.push_back({gather.kernel[tap], pair ? gather.kernel[order[++i]] : -1, 0});
       offsets.push_back(at);
+      pairs.push_back(pair ? 16 : 8);
       continue;
     }
     for (int64_t c = 0; c < padded(channels); c += 32) {
       steps.push_back({gather.kernel[tap], -1, c});
       offsets.push_back(at + c);
+      pairs.push_back(std::min<int64_t>((channels - c + 1) / 2, 16));
     }
   }
 }

@@ -39,6 +39,7 @@ struct TileGather {
   Gather gather;
   std::vector<Step> steps;
   std::vector<int64_t> offsets;  // of each step in the staged map, in elements
+  std::vector<int64_t> pairs;    // of each step that are not padding, of its 16
 
   TileGather(Gather gather, int64_t channels);
 };

@@ -1,11 +1,11 @@
-#define PREACT_AMX_KERNELS "cpu/conv2d_pack_amx.h"
+#define PREACT_TILES_KERNELS "cpu/conv2d_tiles_pack.h"
 #include "cpu/foreach_capability.h"
 
 #include <algorithm>
 
 #include <torch/csrc/stable/ops.h>
 
-#if PREACT_AMX
+#if PREACT_TILES
 namespace preact::cpu {
 
 template <typename W>
@@ -29,9 +29,9 @@ void pack_tiles(const W* weight, const WeightStrides& strides, const Conv2dShape
             const W* const from = weight + first * out_stride + step.channel * in_stride +
                                   step.tap / shape.kernel_w * strides.y +
                                   step.tap % shape.kernel_w * strides.x;
-            (by_rows ? &amx::pack_rows<W>
-                     : &amx::pack_columns<W>)(from, by_rows ? out_stride : in_stride, outs - first,
-                                              ins - step.channel, to);
+            (by_rows ? &avx512_bf16::pack_rows<W>
+                     : &avx512_bf16::pack_columns<W>)(from, by_rows ? out_stride : in_stride,
+                                                      outs - first, ins - step.channel, to);
             continue;
           }
           std::fill_n(to, tiles * kTile, BFloat16{0});
@@ -75,18 +75,18 @@ void unpack_weight_sums(const float* sums, int64_t chunks, const WeightStrides& 
       if (turned) {  // inputs of a 1x1 weight stand side by side in every layout
         const int64_t first_out = block % out_groups * columns,
                       first_in = block / out_groups * rows;
-        amx::unpack_turned(part, chunks, size, shape.out_channels - first_out,
-                           shape.in_channels - first_in, strides.out,
-                           gradient + first_out * strides.out + first_in);
+        avx512_bf16::unpack_turned(part, chunks, size, shape.out_channels - first_out,
+                                   shape.in_channels - first_in, strides.out,
+                                   gradient + first_out * strides.out + first_in);
         continue;
       }
       const int64_t t = block % taps, first_in = block / taps % in_groups * rows;
       const int64_t first_out = block / taps / in_groups * columns;
       W* const to = gradient + t / shape.kernel_w * strides.y + t % shape.kernel_w * strides.x;
       if (rows == 32 && columns == 32 && strides.in == 1) {
-        amx::unpack_rows(part, chunks, size, shape.out_channels - first_out,
-                         shape.in_channels - first_in, strides.out,
-                         to + first_out * strides.out + first_in);
+        avx512_bf16::unpack_rows(part, chunks, size, shape.out_channels - first_out,
+                                 shape.in_channels - first_in, strides.out,
+                                 to + first_out * strides.out + first_in);
         continue;
       }
       float total[kMost];

@@ -7,7 +7,7 @@
 
 namespace preact::cpu {
 
-// Whether the convolution on tile registers takes these: as is_direct_slice, in bfloat16; the
+// Whether the convolution by tiles takes these: as is_direct_slice, in bfloat16; the
 // weight may be float, as parameters are under autocast, and its gradient then is.
 inline bool is_tiled_slice(const Tensor& input, const Tensor& weight, const Conv2dShape& shape,
                            int64_t groups) {
@@ -15,7 +15,7 @@ inline bool is_tiled_slice(const Tensor& input, const Tensor& weight, const Conv
          (weight.scalar_type() == ScalarType::BFloat16 ||
           weight.scalar_type() == ScalarType::Float) &&
          groups == 1 && has_direct_stride(shape) && shape.batch > 0 && pixel_stride(input) > 0 &&
-         capability() == Capability::amx;
+         capability() >= Capability::avx512_bf16;
 }
 
 // As is_direct.

@@ -1,7 +1,7 @@
 // Includes the file named by PREACT_KERNELS once per instruction set, each time in a namespace of
 // its own and with that set enabled, so that one source gives one binary for every processor; and
-// that of PREACT_AMX_KERNELS for the set with tile registers alone.
-// Lambdas do not inherit the enabled set: kernels use structs.
+// that of PREACT_TILES_KERNELS for the two that multiply bfloat16, in tile registers and in
+// vectors. Lambdas do not inherit the enabled set: kernels use structs.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -34,7 +34,7 @@
 #endif
 #define PREACT_STRING(...) #__VA_ARGS__
 
-#if PREACT_AMX && defined(PREACT_AMX_KERNELS)
+#if PREACT_TILES && defined(PREACT_TILES_KERNELS)
 // GCC 11 and 12 warn of what their own intrinsics leave undefined on purpose.
 #if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -42,6 +42,7 @@
 #endif
 PREACT_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
 #define PREACT_VECTOR_BYTES 64
+#define PREACT_TILE_REGISTERS 1
 namespace preact::amx {
 #include "cpu/vec.h"
 
@@ -49,8 +50,25 @@ namespace preact::amx {
 
 #include "cpu/sweep.h"
 
-#include PREACT_AMX_KERNELS
+#include PREACT_TILES_KERNELS
 }  // namespace preact::amx
+#undef PREACT_TILE_REGISTERS
+#undef PREACT_VECTOR_BYTES
+PREACT_END
+
+PREACT_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
+#define PREACT_VECTOR_BYTES 64
+#define PREACT_TILE_REGISTERS 0
+namespace preact::avx512_bf16 {
+#include "cpu/vec.h"
+
+#include "cpu/pairs.h"
+
+#include "cpu/sweep.h"
+
+#include PREACT_TILES_KERNELS
+}  // namespace preact::avx512_bf16
+#undef PREACT_TILE_REGISTERS
 #undef PREACT_VECTOR_BYTES
 PREACT_END
 #endif

@@ -91,7 +91,7 @@ def _has_winograd() -> bool:
 
 @functools.cache
 def _decide_vectors() -> bool:
-    return cpu_capability() in ("AMX", "AVX512", "AVX2")
+    return cpu_capability() in ("AMX", "AVX512_BF16", "AVX512", "AVX2")
 
 
 @constant_to_compile
@@ -102,7 +102,7 @@ def _has_vectors() -> bool:
 
 @functools.cache
 def _decide_tiles() -> bool:
-    return cpu_capability() == "AMX"
+    return cpu_capability() in ("AMX", "AVX512_BF16")
 
 
 @constant_to_compile

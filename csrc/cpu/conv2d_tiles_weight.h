@@ -1,56 +1,4 @@
-// The gradient of the weight on tile registers. Included by kernels of the AMX level.
-
-// Adds to sums [TAPS][INPUTS * 16][OUTPUTS * 16], or where `fresh` writes there, what `steps` steps
-// of 32 pixels give: planes of the activation, shifted for each tap, times pairs of gradients.
-template <int INPUTS, int OUTPUTS, int TAPS>
-__attribute__((noinline)) void weight_tiles(const char* const* taps, int64_t plane_bytes,
-                                            const BFloat16* grad, int64_t grad_tile, int64_t steps,
-                                            bool fresh, float* sums) {
-  constexpr int64_t kRow = OUTPUTS * 64, kStep = 64;
-  constexpr int kSums = INPUTS * OUTPUTS * TAPS;
-  static_assert(kSums <= 4 && (OUTPUTS == 1 || TAPS == 1) && (INPUTS == 1 || TAPS == 1));
-  // Where sums i stand: a tap's, or a tile of inputs and of outputs.
-  constexpr int64_t second = OUTPUTS == 2 ? 16 : 256;
-  constexpr int64_t third = 512, fourth = OUTPUTS == 2 ? 528 : 768;
-  if (fresh) {
-    tile_zero<0>();
-    if constexpr (kSums > 1) tile_zero<1>();
-    if constexpr (kSums > 2) tile_zero<2>();
-    if constexpr (kSums > 3) tile_zero<3>();
-  } else {
-    tile_load<0>(sums, kRow);
-    if constexpr (kSums > 1) tile_load<1>(sums + second, kRow);
-    if constexpr (kSums > 2) tile_load<2>(sums + third, kRow);
-    if constexpr (kSums > 3) tile_load<3>(sums + fourth, kRow);
-  }
-  for (int64_t s = 0; s < steps; ++s, grad += kTile) {
-    const int64_t at = s * kStep;
-    tile_load<7>(grad, 64);
-    tile_load<4>(taps[0] + at, plane_bytes);
-    tile_multiply<0, 4, 7>();
-    if constexpr (OUTPUTS == 2) {
-      tile_load<6>(grad + grad_tile, 64);
-      tile_multiply<1, 4, 6>();
-      if constexpr (INPUTS == 2) {
-        tile_load<5>(taps[0] + at + 16 * plane_bytes, plane_bytes);
-        tile_multiply<2, 5, 7>();
-        tile_multiply<3, 5, 6>();
-      }
-    } else if constexpr (INPUTS == 2) {
-      tile_load<5>(taps[0] + at + 16 * plane_bytes, plane_bytes);
-      tile_multiply<1, 5, 7>();
-    } else if constexpr (TAPS == 3) {
-      tile_load<5>(taps[1] + at, plane_bytes);
-      tile_multiply<1, 5, 7>();
-      tile_load<6>(taps[2] + at, plane_bytes);
-      tile_multiply<2, 6, 7>();
-    }
-  }
-  tile_store<0>(sums, kRow);
-  if constexpr (kSums > 1) tile_store<1>(sums + second, kRow);
-  if constexpr (kSums > 2) tile_store<2>(sums + third, kRow);
-  if constexpr (kSums > 3) tile_store<3>(sums + fourth, kRow);
-}
+// The gradient of the weight as products of tiles. Included like conv2d_tiles.h.
 
 // Pairs of `tiles` groups of 16 channels become planes.
 inline void turn_pairs(const BFloat16* pairs, int64_t tiles, int64_t count, char* planes,
@@ -69,8 +17,7 @@ inline void turned_weight_gradient(const Conv2dShape& s, const cpu::PairedPixels
                                    bool fresh, float* sums) {
   const int64_t in = cpu::padded(s.in_channels), out = cpu::padded(s.out_channels);
   turn_pairs(grad_pairs, out / 16, paired.steps * 16, planes, paired.plane_bytes);
-  static const TileConfig config(16, false);
-  tile_configure(config);
+  begin_weight_tiles();
   const int64_t tile = paired.pairs * 32;
   for (int64_t c = 0; c < in; c += 32) {
     for (int64_t o = 0; o < out; o += 32, sums += 32 * 32) {
@@ -103,8 +50,7 @@ inline void weight_gradient(const Conv2dShape& s, const cpu::PairedPixels& paire
   }
   const auto taps = static_cast<int64_t>(starts.size());
   const int64_t grad_tile = paired.steps * kTile, size = rows * columns;
-  static const TileConfig config(16, false);
-  tile_configure(config);
+  begin_weight_tiles();
   for (int64_t o = 0; o < out; o += columns) {
     const BFloat16* const grad = grad_pairs + o / 16 * grad_tile;
     for (int64_t c = 0; c < in; c += rows) {

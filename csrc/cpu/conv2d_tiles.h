@@ -1,4 +1,5 @@
-// The bfloat16 convolutions on tile registers. Included by kernels of the AMX level.
+// The bfloat16 convolutions, whose products are those of tiles: in tile registers or in vectors.
+// Included by kernels of the levels that multiply bfloat16.
 
 #include "cpu/ahead.h"
 
@@ -8,6 +9,12 @@ using Bits = __m512i;  // 32 bfloat16
 using Floats = __m512;
 
 constexpr int64_t kTile = 512;  // elements of a tile: 16 rows of 32
+
+#if PREACT_TILE_REGISTERS
+#include "cpu/conv2d_tiles_amx.h"
+#else
+#include "cpu/conv2d_tiles_avx512.h"
+#endif
 
 // Values of even and of odd index.
 PREACT_INLINE Floats even(Bits bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)); }
@@ -71,56 +78,9 @@ PREACT_INLINE Bits two_pixels(const BFloat16* a, const BFloat16* b) {
   return _mm512_inserti64x4(low, b ? _mm256_loadu_si256(second) : __m256i{}, 1);
 }
 
-// Sums over steps of 2 tiles of pixels times 2 tiles of weights, or where NARROW 4 times 1, written
-// as [pixels][32], or [pixels][16].
-template <bool NARROW>
-__attribute__((noinline)) void multiply_tiles(const BFloat16* const* pixels, int64_t pixel_bytes,
-                                              const int64_t* offsets, int64_t steps,
-                                              const BFloat16* weights, float* sums) {
-  constexpr int64_t kRow = 64;
-  tile_zero<0>();
-  tile_zero<1>();
-  tile_zero<2>();
-  tile_zero<3>();
-  for (int64_t s = 0; s < steps; ++s) {
-    const int64_t at = offsets[s];
-    if constexpr (NARROW) {
-      tile_load<7>(weights + s * kTile, kRow);
-      tile_load<4>(pixels[0] + at, pixel_bytes);
-      tile_multiply<0, 4, 7>();
-      tile_load<5>(pixels[1] + at, pixel_bytes);
-      tile_multiply<1, 5, 7>();
-      tile_load<6>(pixels[2] + at, pixel_bytes);
-      tile_multiply<2, 6, 7>();
-      tile_load<4>(pixels[3] + at, pixel_bytes);
-      tile_multiply<3, 4, 7>();
-    } else {
-      tile_load<6>(weights + 2 * s * kTile, kRow);
-      tile_load<4>(pixels[0] + at, pixel_bytes);
-      tile_multiply<0, 4, 6>();
-      tile_load<7>(weights + (2 * s + 1) * kTile, kRow);
-      tile_multiply<1, 4, 7>();
-      tile_load<5>(pixels[1] + at, pixel_bytes);
-      tile_multiply<2, 5, 6>();
-      tile_multiply<3, 5, 7>();
-    }
-  }
-  if constexpr (NARROW) {
-    tile_store<0>(sums, kRow);
-    tile_store<1>(sums + 256, kRow);
-    tile_store<2>(sums + 512, kRow);
-    tile_store<3>(sums + 768, kRow);
-  } else {
-    tile_store<0>(sums, 2 * kRow);
-    tile_store<1>(sums + 16, 2 * kRow);
-    tile_store<2>(sums + 512, 2 * kRow);
-    tile_store<3>(sums + 528, 2 * kRow);
-  }
-}
-
 // Pixels of a tile: rows of the map are cut evenly.
 PREACT_INLINE int64_t tile_pixels(int64_t columns) {
-  const int64_t tiles = (columns + 15) / 16;
+  const int64_t tiles = (columns + kMostPixels - 1) / kMostPixels;
   return (columns + tiles - 1) / tiles;
 }
 
@@ -152,7 +112,7 @@ void tile_map(const TileGather& tiled, int64_t columns, int64_t step, const BFlo
   const int64_t most = tile_pixels(gather.columns), in_row = (columns + most - 1) / most;
   const int64_t in_channels = cpu::padded(layout.channels), total = gather.rows * in_row;
   alignas(64) float sums[1024];
-  tile_configure(TileConfig(static_cast<int>(most), NARROW));
+  const TileProduct<NARROW> multiply(most);
   for (int64_t c = 0; c < channels; c += 32, weights += steps * (NARROW ? 1 : 2) * kTile) {
     for (int64_t first = 0; first < total; first += kTiles) {
       const int64_t count = std::min<int64_t>(kTiles, total - first);
@@ -171,8 +131,7 @@ void tile_map(const TileGather& tiled, int64_t columns, int64_t step, const BFlo
                           c,
                       gather.step_x * pixel, c, first_lanes(channels - c)};
       }
-      multiply_tiles<NARROW>(pixels, step * in_channels * 2, tiled.offsets.data(), steps, weights,
-                             sums);
+      multiply(tiled, pixels, count, step * in_channels * 2, weights, sums);
       for (int64_t i = 0; i < count; ++i) epilogue(sums + i * kSums, outputs[i], lines);
       ahead.fetch(lines);
     }

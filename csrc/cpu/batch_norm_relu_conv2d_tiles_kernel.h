@@ -1,8 +1,6 @@
-#include "cpu/amx.h"
+#include "cpu/conv2d_tiles.h"
 
-#include "cpu/conv2d_tile_amx.h"
-
-#include "cpu/conv2d_stage_amx.h"
+#include "cpu/conv2d_tiles_stage.h"
 
 // Mean and m2 of a chunk's results, taken while tiles are written: sums of x - shift by lane, with
 // the mean so far as the shift (that of the first tile, which is written twice, to begin with).
@@ -190,5 +188,5 @@ inline void batch_norm_relu_conv2d_tiles(const cpu::TileForward& task,
     TileMoments moments(s.out_channels, mean + first, m2 + first);
     run(task, staged, chunks.begin(chunk), chunks.end(chunk), moments);
   }
-  tile_release();
+  end_tiles();
 }

@@ -1,8 +1,6 @@
-#include "cpu/amx.h"
+#include "cpu/conv2d_tiles.h"
 
-#include "cpu/conv2d_tile_amx.h"
-
-#include "cpu/conv2d_stage_amx.h"
+#include "cpu/conv2d_tiles_stage.h"
 
 // What pack_tiles and unpack_weight_sums do a step and a block at a time, where 32 channels of the
 // weight stand side by side in memory.

@@ -1,9 +1,7 @@
-#include "cpu/amx.h"
+#include "cpu/conv2d_tiles.h"
 
-#include "cpu/conv2d_tile_amx.h"
-
-#include "cpu/conv2d_stage_amx.h"
-#include "cpu/conv2d_weight_amx.h"
+#include "cpu/conv2d_tiles_stage.h"
+#include "cpu/conv2d_tiles_weight.h"
 
 // Sums of dz and dz * (x - mean), by lane in float until they join the double ones.
 class TileSums {
@@ -353,5 +351,5 @@ inline void batch_norm_relu_conv2d_backward_tiles(const cpu::TileBackward& task,
     run(task, buffers, chunks.begin(chunk), chunks.end(chunk), sums,
         grad_weight + chunk * cpu::weight_sums(s));
   }
-  tile_release();
+  end_tiles();
 }
