@@ -235,7 +235,7 @@ def test_bfloat16_as_good_as_eager(mode, growth, fused_calls):
     with torch.autocast("cpu", torch.bfloat16, enabled=mode != "pure"):
         results = [everything(m, x, grad) for m in (fused, eager)]
     wanted = everything(exact, x.double(), grad.double())
-    assert len(fused_calls) == (cpu_capability() == "AMX")
+    assert len(fused_calls) == (cpu_capability() != "baseline")
     assert results[0]["output"].dtype == torch.bfloat16
     judge(*results, wanted, grad)
 
@@ -251,7 +251,7 @@ def test_bfloat16_gradient_of_the_input_stays_centred(fused_calls):
     grad[:, :24] = 0  # what passes through is as it is
     with torch.autocast("cpu", torch.bfloat16):
         found, wanted = (everything(m, x, grad)["x"].double() for m in (fused, eager))
-    assert len(fused_calls) == (cpu_capability() == "AMX")
+    assert len(fused_calls) == (cpu_capability() != "baseline")
     leans, eagers = (magnitude(g.sum((0, 2, 3))) for g in (found, wanted))
     assert leans <= 2 * eagers, f"{leans:.3g}, eager's {eagers:.3g}"
 

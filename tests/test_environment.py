@@ -29,7 +29,7 @@ def test_report_agrees_with_the_backends() -> None:
         assert rows[f"{name} on cpu"] == (f"not usable: {reason}" if reason else "usable")
     assert rows["automatic choice"].startswith(f"{backends.choose('cpu')} on cpu")
     if backends.cpu_capability():
-        assert rows["instruction set"] in ("AMX", "AVX512", "AVX2", "baseline")
+        assert rows["instruction set"] in ("AMX", "AVX512_BF16", "AVX512", "AVX2", "baseline")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -77,9 +77,9 @@ def test_a_forced_backend_that_cannot_run_is_explained() -> None:
     assert "PREACT_BACKEND=triton" in result.stdout
 
 
-@pytest.mark.parametrize("used", ["baseline", "AVX2", "AVX512"])
+@pytest.mark.parametrize("used", ["baseline", "AVX2", "AVX512", "AVX512_BF16"])
 def test_the_instruction_set_can_be_lowered(used: str) -> None:
-    sets = ["", "baseline", "AVX2", "AVX512", "AMX"]
+    sets = ["", "baseline", "AVX2", "AVX512", "AVX512_BF16", "AMX"]
     if sets.index(backends.cpu_capability()) <= sets.index(used):
         pytest.skip(f"the CPU kernels use {backends.cpu_capability() or 'nothing'} here")
     lines = run_module(PREACT_CPU_CAPABILITY=used.lower()).stdout.splitlines()

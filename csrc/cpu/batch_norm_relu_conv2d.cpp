@@ -8,11 +8,12 @@ namespace preact::cpu {
 namespace {
 
 // Writes output and returns its mean and variance.
+template <typename T>
 std::tuple<Tensor, Tensor> direct(const Tensor& input, const Affine<float>& affine,
                                   const Tensor& conv_weight, const OptionalTensor& bias,
                                   const OptionalTensor& residual, const Conv2dShape& shape,
                                   const Tensor& output) {
-  DirectForward task;
+  DirectForward<T> task;
   task.blocks = DirectBlocks::of(shape);
   const Conv2dShape& blocks = task.blocks.shape;
   task.winograd = has_winograd(blocks);
@@ -20,28 +21,37 @@ std::tuple<Tensor, Tensor> direct(const Tensor& input, const Affine<float>& affi
   if (task.winograd) {
     task.staged = stage_winograd_input(blocks);
     weights = scratch(Slot::weights, transformed_size(blocks));
-    transform_weights(data<float>(conv_weight), weight_strides(conv_weight), blocks, false,
-                      weights);
+    with_weight_type_of<T>(conv_weight, [&](auto type) {
+      transform_weights<T>(data<decltype(type)>(conv_weight), weight_strides(conv_weight), blocks,
+                           false, weights);
+    });
   } else {
     task.staged = stage_input(blocks);
     task.gather = forward_gather(blocks, task.staged);
     weights = scratch(Slot::weights, packed_size(blocks, blocks.taps()));
-    pack_weights(data<float>(conv_weight), weight_strides(conv_weight), blocks, task.gather.kernel,
-                 false, weights);
+    with_weight_type_of<T>(conv_weight, [&](auto type) {
+      pack_weights<T>(data<decltype(type)>(conv_weight), weight_strides(conv_weight), blocks,
+                      task.gather.kernel, false, weights);
+    });
   }
   Tensor mean = empty_vector(output), var = empty_vector(output);
   task.norm = direct_norm(affine);
-  task.input = data<float>(input);
+  std::vector<float> wide_bias;
+  if (bias) {
+    const Tensor wide = as_type(*bias, ScalarType::Float);
+    wide_bias.assign(data<float>(wide), data<float>(wide) + shape.out_channels);
+  }
+  task.input = data<T>(input);
   task.weights = weights;
-  task.bias = maybe_data(bias);
-  task.residual = maybe_data(residual);
-  task.output = mutable_data<float>(output);
+  task.bias = bias ? wide_bias.data() : nullptr;
+  task.residual = maybe_data<T>(residual);
+  task.output = mutable_data<T>(output);
   task.input_stride = pixel_stride(input);
   task.output_stride = pixel_stride(output);
 
   const auto chunks = BlockChunks::of_result(blocks);
   Partials partials(chunks.count, shape.out_channels);
-  const auto part = PREACT_SELECT(batch_norm_relu_conv2d_part, float);
+  const auto part = PREACT_SELECT(batch_norm_relu_conv2d_part, T);
   torch::stable::parallel_for(0, chunks.count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       part(task, chunks.begin(chunk), chunks.end(chunk),
@@ -54,6 +64,12 @@ std::tuple<Tensor, Tensor> direct(const Tensor& input, const Affine<float>& affi
   };
   write_statistics<float>(partials, chunks.count, count_of, mean, var);
   return {mean, var};
+}
+
+// Which of them takes maps like input; in bfloat16 it is tiled where that may be.
+auto forward_for(const Tensor& input, bool tiled) {
+  if (tiled) return &tiled_forward;
+  return input.scalar_type() == ScalarType::Float ? &direct<float> : &direct<BFloat16>;
 }
 
 }  // namespace
@@ -77,8 +93,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_conv2d(
   const OptionalTensor added = dense(residual, MemoryFormat::ChannelsLast);
   Tensor output = empty_map({shape.batch, shape.out_channels, shape.out_h, shape.out_w}, input,
                             MemoryFormat::ChannelsLast);
-  const auto [output_mean, output_var] = (tiled ? &tiled_forward : &direct)(
-      input, affine, conv_weight, its_bias, added, shape, output);
+  const auto [output_mean, output_var] =
+      forward_for(input, tiled)(input, affine, conv_weight, its_bias, added, shape, output);
   return {output, output_mean, output_var};
 }
 
@@ -109,9 +125,8 @@ std::tuple<Tensor, Tensor> batch_norm_relu_conv2d_into(
     return run_reference<2>("preact::batch_norm_relu_conv2d_into", input, mean, var, weight, bias,
                             eps, conv_weight, stride, padding, dilation, groups, output);
   }
-  return (tiled ? &tiled_forward : &direct)(input,
-                                            Affine<float>(input, mean, var, weight, bias, eps),
-                                            conv_weight, std::nullopt, std::nullopt, shape, output);
+  return forward_for(input, tiled)(input, Affine<float>(input, mean, var, weight, bias, eps),
+                                   conv_weight, std::nullopt, std::nullopt, shape, output);
 }
 
 }  // namespace preact::cpu

@@ -8,9 +8,10 @@ namespace preact::cpu {
 namespace {
 
 // The gradient of the result completed on the way, and computed again in `above` if it is to be.
-void complete(const UnitAfter& after, DirectAbove& above, DirectBackward& task) {
-  task.pending_skip = data<float>(after.grad_skip);
-  task.completed = mutable_data<float>(after.completed);
+template <typename T>
+void complete(const UnitAfter& after, DirectAbove<T>& above, DirectBackward<T>& task) {
+  task.pending_skip = data<T>(after.grad_skip);
+  task.completed = mutable_data<T>(after.completed);
   if (!after.again) return;
   const UnitAfter::Again& again = *after.again;
   Conv2dShape shape = task.blocks.shape;  // of the blocks, which pointwise convolutions share
@@ -19,23 +20,26 @@ void complete(const UnitAfter& after, DirectAbove& above, DirectBackward& task) 
   above.staged_grad = stage_grad_output(shape);
   above.gather = backward_gathers(shape, above.staged_grad)[0];
   float* const weights = scratch(Slot::weights_above, packed_size(shape, 1));
-  pack_weights(data<float>(again.conv_weight), weight_strides(again.conv_weight), shape,
-               above.gather.kernel, true, weights);
+  with_weight_type_of<T>(again.conv_weight, [&](auto type) {
+    pack_weights<T>(data<decltype(type)>(again.conv_weight), weight_strides(again.conv_weight),
+                    shape, above.gather.kernel, true, weights);
+  });
   above.weights = weights;
   above.shift.assign(shape.in_channels, 0.0f);
   if (again.bias) {
     const Tensor bias = channel_vector(*again.bias, after.grad_skip, "bias");
     std::copy_n(data<float>(bias), shape.in_channels, above.shift.data());
   }
-  above.grad_output = data<float>(again.grad_output);
-  above.pending_input = data<float>(again.pending_input);
+  above.grad_output = data<T>(again.grad_output);
+  above.pending_input = data<T>(again.pending_input);
   above.coefficients = data<float>(again.coefficients);
   task.above = &above;
   task.grad_output = nullptr;
 }
 
 // `task` says where the gradient of the input goes.
-void direct(DirectBackward task, const Tensor& grad_output, const Tensor& input,
+template <typename T>
+void direct(DirectBackward<T> task, const Tensor& grad_output, const Tensor& input,
             const Affine<float>& affine, const Tensor& conv_weight,
             const OptionalTensor& pending_input, const OptionalTensor& coefficients,
             const std::optional<UnitAfter>& after, const Conv2dShape& shape,
@@ -48,7 +52,10 @@ void direct(DirectBackward task, const Tensor& grad_output, const Tensor& input,
   if (task.winograd) {
     task.staged = stage_winograd_input(blocks);
     task.staged_grad = stage_winograd_grad_output(blocks);
-    transform_weights(data<float>(conv_weight), weight_strides(conv_weight), blocks, true, weights);
+    with_weight_type_of<T>(conv_weight, [&](auto type) {
+      transform_weights<T>(data<decltype(type)>(conv_weight), weight_strides(conv_weight), blocks,
+                           true, weights);
+    });
     task.weights.push_back(weights);
   } else {
     task.staged = stage_input(blocks);
@@ -57,26 +64,32 @@ void direct(DirectBackward task, const Tensor& grad_output, const Tensor& input,
     task.phases = backward_gathers(blocks, task.staged_grad);
   }
   for (const Gather& phase : task.phases) {
-    pack_weights(data<float>(conv_weight), weight_strides(conv_weight), blocks, phase.kernel, true,
-                 weights);
+    with_weight_type_of<T>(conv_weight, [&](auto type) {
+      pack_weights<T>(data<decltype(type)>(conv_weight), weight_strides(conv_weight), blocks,
+                      phase.kernel, true, weights);
+    });
     task.weights.push_back(weights);
     weights += packed_size(blocks, static_cast<int64_t>(phase.taps.size()));
   }
   task.norm = direct_norm(affine);
-  task.input = data<float>(input);
-  task.grad_output = data<float>(grad_output);
-  task.pending_input = maybe_data(pending_input);
-  task.coefficients = maybe_data(coefficients);
+  task.input = data<T>(input);
+  if (grad_output.scalar_type() == input.scalar_type()) {
+    task.grad_output = data<T>(grad_output);
+  } else {
+    task.wide_grad = data<float>(grad_output);
+  }
+  task.pending_input = maybe_data<T>(pending_input);
+  task.coefficients = maybe_data<float>(coefficients);
   task.input_stride = pixel_stride(input);
   task.output_stride = pixel_stride(grad_output);
-  DirectAbove above;
+  DirectAbove<T> above;
   if (after) complete(*after, above, task);
 
   const auto chunks = BlockChunks::of_gradients(blocks, size);
   float* const sums = scratch(Slot::sums, chunks.count * size);
   const int64_t channels = shape.in_channels;
   std::vector<double> sum_dz(chunks.count * channels), sum_dz_x(chunks.count * channels);
-  const auto part = PREACT_SELECT(batch_norm_relu_conv2d_backward_part, float);
+  const auto part = PREACT_SELECT(batch_norm_relu_conv2d_backward_part, T);
   torch::stable::parallel_for(0, chunks.count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       part(task, chunks.begin(chunk), chunks.end(chunk), sum_dz.data() + chunk * channels,
@@ -84,8 +97,20 @@ void direct(DirectBackward task, const Tensor& grad_output, const Tensor& input,
     }
   });
   write_norm_gradients(sum_dz, sum_dz_x, chunks.count, affine, found.grad_weight, found.grad_bias);
-  unpack_weight_gradient(sums, chunks.count, weight_strides(found.grad_conv_weight), blocks,
-                         mutable_data<float>(found.grad_conv_weight));
+  with_weight_type_of<T>(conv_weight, [&](auto type) {
+    unpack_weight_gradient(sums, chunks.count, weight_strides(found.grad_conv_weight), blocks,
+                           mutable_data<decltype(type)>(found.grad_conv_weight));
+  });
+}
+
+// Calls function with a value of the type of a map's elements.
+template <typename Function>
+void with_map_type(const Tensor& map, Function function) {
+  if (map.scalar_type() == ScalarType::Float) {
+    function(float{});
+  } else {
+    function(BFloat16{});
+  }
 }
 
 }  // namespace
@@ -101,9 +126,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_conv2d_backward(
     const std::optional<UnitAfter>& after, bool keeps_grad_z) {
   const Conv2dShape shape = conv2d_shape(input, conv_weight, {stride, padding, dilation, groups});
   const Tensor& result = pending_input ? *pending_input : grad_output;
-  const bool tiled =
-      is_tiled(input, conv_weight, shape, groups) && result.scalar_type() == ScalarType::BFloat16;
-  if (!tiled && !is_direct(input, conv_weight, shape, groups)) {
+  const bool like = result.scalar_type() == input.scalar_type();
+  const bool tiled = like && is_tiled(input, conv_weight, shape, groups);
+  if (!tiled && !(like && is_direct(input, conv_weight, shape, groups))) {
     return run_reference<4>("preact::batch_norm_relu_conv2d_backward", grad_output, input, mean,
                             var, weight, bias, eps, conv_weight, grad_activation, stride, padding,
                             dilation, groups, pending_input, coefficients);
@@ -126,10 +151,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_conv2d_backward(
     tiled_backward(gradient, input, affine, conv_weight, activation, std::nullopt, following, rows,
                    after, shape, found);
   } else {
-    DirectBackward task{};
-    task.grad_z = keeps_grad_z ? mutable_data<float>(found.grad_z) : nullptr;
-    task.grad_activation = maybe_data(activation);
-    direct(task, gradient, input, affine, conv_weight, following, rows, after, shape, found);
+    with_map_type(input, [&](auto type) {
+      using T = decltype(type);
+      DirectBackward<T> task{};
+      task.grad_z = keeps_grad_z ? mutable_data<T>(found.grad_z) : nullptr;
+      task.grad_activation = maybe_data<T>(activation);
+      direct(task, gradient, input, affine, conv_weight, following, rows, after, shape, found);
+    });
   }
   return {found.grad_z, found.grad_weight, found.grad_bias, found.grad_conv_weight};
 }
@@ -193,11 +221,18 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_conv2d_backward_add(
     tiled_backward(grad_output, input, affine, conv_weight, std::nullopt, grad_skip, pending_input,
                    rows, std::nullopt, shape, found);
   } else {
-    DirectBackward task{};
-    task.grad_skip = data<float>(grad_skip);
-    task.grad_input = mutable_data<float>(grad_input);
-    direct(task, grad_output, input, affine, conv_weight, pending_input, rows, std::nullopt, shape,
-           found);
+    with_map_type(input, [&](auto type) {
+      using T = decltype(type);
+      DirectBackward<T> task{};
+      if (grad_skip.scalar_type() == input.scalar_type()) {
+        task.grad_skip = data<T>(grad_skip);
+      } else {
+        task.wide_skip = data<float>(grad_skip);
+      }
+      task.grad_input = mutable_data<float>(grad_input);
+      direct(task, grad_output, input, affine, conv_weight, pending_input, rows, std::nullopt,
+             shape, found);
+    });
   }
   return {found.grad_weight, found.grad_bias, found.grad_conv_weight};
 }

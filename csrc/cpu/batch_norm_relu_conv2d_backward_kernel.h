@@ -3,8 +3,9 @@
 #include "cpu/conv2d_winograd_tile.h"
 
 // The gradient of the convolution's result, as it is.
+template <typename T>
 struct GradSource {
-  const float* grad_output;
+  const T* grad_output;
 
   template <typename P>
   PREACT_INLINE typename P::reg value(int64_t i, int64_t) const {
@@ -16,9 +17,10 @@ struct GradSource {
 
 // The same where the following norm's backward has yet to be applied:
 // scale * dz + slope * (x - centre) + offset.
+template <typename G, typename T>
 struct PendingGradSource {
-  const float* dz;
-  const float* input;
+  const G* dz;
+  const T* input;
   const float *scale, *slope, *centre, *offset;
 
   template <typename P>
@@ -33,11 +35,11 @@ struct PendingGradSource {
 
 // The same plus what came over the shortcut, written on the way. Where MASK, dz has yet to pass the
 // ReLU of the norm, whose scale and mean are the pending gradient's scale and centre.
-template <bool MASK>
+template <bool MASK, typename G, typename T>
 struct CompletedGradSource {
-  PendingGradSource pending;
-  const float* skip;
-  float* completed;
+  PendingGradSource<G, T> pending;
+  const T* skip;
+  T* completed;
   const float* shift;
 
   template <typename P>
@@ -58,23 +60,24 @@ struct CompletedGradSource {
 };
 
 // The reduce pass alone, its sums grouped as those of MaskPass are.
-struct SumPass : ReducePass<float> {
+template <typename T>
+struct SumPass : ReducePass<T> {
   static constexpr int kRows = 4;
 };
 
 // The reduce pass over a gradient that lies where dz is to be: adds grad_activation, applies the
 // ReLU's mask and writes dz in place.
-template <bool Add>
-struct MaskPass : ReducePass<float> {
+template <bool Add, typename T>
+struct MaskPass : ReducePass<T> {
   static constexpr int kRows = 4;
-  const float* grad_activation;
-  float* grad;
+  const T* grad_activation;
+  T* grad;
 
-  template <typename P>
-  PREACT_INLINE void element(Regs<P>& regs, int64_t i) const {
-    const auto centred = P::load(input + i) - regs.affine.mean;
+  template <typename P, typename Regs>
+  PREACT_INLINE void element(Regs& regs, int64_t i) const {
+    const auto centred = P::load(this->input + i) - regs.affine.mean;
     auto gradient = P::load(grad + i);
-    if constexpr (Add) gradient += P::load(grad_activation + i);
+    if constexpr (Add) gradient = rounded<P, T>(gradient + P::load(grad_activation + i));
     const auto dz = where_active(regs.affine.z(centred), gradient);
     P::store(grad + i, dz);
     regs.dz += dz;
@@ -84,15 +87,16 @@ struct MaskPass : ReducePass<float> {
 
 // The reduce pass over a gradient in the cache: scale * dz is added to grad_skip, and only that is
 // written. What the sums add to the gradient of the input is not known yet and not in it.
-struct AddPass : ReducePass<float> {
+template <typename S, typename T>
+struct AddPass : ReducePass<T> {
   static constexpr int kRows = 4;
-  const float* grad_skip;
+  const S* grad_skip;
   float* grad_input;
 
-  template <typename P>
-  PREACT_INLINE void element(Regs<P>& regs, int64_t i) const {
-    const auto centred = P::load(input + i) - regs.affine.mean;
-    const auto dz = where_active(regs.affine.z(centred), P::load(grad_output + i));
+  template <typename P, typename Regs>
+  PREACT_INLINE void element(Regs& regs, int64_t i) const {
+    const auto centred = P::load(this->input + i) - regs.affine.mean;
+    const auto dz = where_active(regs.affine.z(centred), P::load(this->grad_output + i));
     P::store(grad_input + i, madd(regs.affine.scale, dz, P::load(grad_skip + i)));
     regs.dz += dz;
     regs.dz_x = madd(dz, centred, regs.dz_x);
@@ -116,33 +120,36 @@ void mask_rows(Pass pass, int64_t rows, int64_t channels, int64_t stride, float*
 }
 
 // What the block after this one will read and write.
-inline Ahead block_after(const cpu::DirectBackward& task, int64_t block) {
+template <typename T>
+Ahead block_after(const cpu::DirectBackward<T>& task, int64_t block) {
   const Conv2dShape& s = task.blocks.shape;
   Ahead ahead;
   if (block + 1 == s.batch) return ahead;
   const int64_t in = s.in_h * s.in_w, out = s.out_h * s.out_w;
-  const auto add = [&](const float* map, int64_t pixels, int64_t channels, int64_t stride) {
+  const auto add = [&](const auto* map, int64_t pixels, int64_t channels, int64_t stride) {
     ahead.add(map ? map + (block + 1) * pixels * stride : nullptr, pixels, channels, stride);
   };
   add(task.input, in, s.in_channels, task.input_stride);
-  for (const float* const map : {task.grad_output, task.pending_input, task.pending_skip}) {
+  for (const T* const map : {task.grad_output, task.pending_input, task.pending_skip}) {
     add(map, out, s.out_channels, task.output_stride);
   }
+  add(task.wide_grad, out, s.out_channels, task.output_stride);
   if (task.above) {
     const int64_t channels = task.above->staged_grad.channels;
     add(task.above->grad_output, out, channels, channels);
     add(task.above->pending_input, out, channels, channels);
   }
-  const float* const grad_z = task.grad_z;
-  for (const float* const map : {task.grad_activation, task.grad_skip, grad_z}) {
+  const T* const grad_z = task.grad_z;
+  for (const T* const map : {task.grad_activation, task.grad_skip, grad_z}) {
     add(map, in, s.in_channels, task.input_stride);
   }
+  add(task.wide_skip, in, s.in_channels, task.input_stride);
   return ahead;
 }
 
 // Multiplications of vectors that a block takes.
-inline int64_t block_work(const cpu::DirectBackward& task, int64_t in_columns,
-                          int64_t out_columns) {
+template <typename T>
+int64_t block_work(const cpu::DirectBackward<T>& task, int64_t in_columns, int64_t out_columns) {
   const Conv2dShape& s = task.blocks.shape;
   int64_t work = 0;
   if (task.winograd) {
@@ -162,56 +169,68 @@ inline int64_t block_work(const cpu::DirectBackward& task, int64_t in_columns,
   return work;
 }
 
+template <typename G, typename T>
+PendingGradSource<G, T> pending_source(const G* dz, const T* input, const float* coefficients,
+                                       int64_t channels) {
+  return {dz,
+          input,
+          coefficients,
+          coefficients + channels,
+          coefficients + 2 * channels,
+          coefficients + 3 * channels};
+}
+
 // The gradient of the result of one block, as the kernels read it; staged_above is for that of the
 // convolution above.
-inline void stage_gradient(const cpu::DirectBackward& task, int64_t block, int64_t columns,
-                           float* staged, float* staged_above, Ahead& ahead) {
+template <typename T>
+void stage_gradient(const cpu::DirectBackward<T>& task, int64_t block, int64_t columns,
+                    float* staged, float* staged_above, Ahead& ahead) {
   const Conv2dShape& s = task.blocks.shape;
   const int64_t offset = block * s.out_h * s.out_w * task.output_stride;
   const auto write = [&](const auto& source) {
     stage(source, s.out_h, columns, task.output_stride, task.staged_grad, staged);
   };
-  const float* const grad = task.grad_output ? task.grad_output + offset : nullptr;
+  const T* const grad = task.grad_output ? task.grad_output + offset : nullptr;
   if (!task.pending_input) {
-    write(GradSource{grad});
+    write(GradSource<T>{grad});
     return;
   }
-  const float* const rows = task.coefficients;
-  PendingGradSource pending{grad,
-                            task.pending_input + offset,
-                            rows,
-                            rows + s.out_channels,
-                            rows + 2 * s.out_channels,
-                            rows + 3 * s.out_channels};
+  const T* const input = task.pending_input + offset;
+  if (task.wide_grad) {
+    write(pending_source(task.wide_grad + offset, input, task.coefficients, s.out_channels));
+    return;
+  }
+  const auto pending = pending_source(grad, input, task.coefficients, s.out_channels);
   if (!task.pending_skip) {
     write(pending);
     return;
   }
-  const float* const skip = task.pending_skip + offset;
-  float* const completed = task.completed + offset;
+  const T* const skip = task.pending_skip + offset;
+  T* const completed = task.completed + offset;
   if (!task.above) {
-    write(CompletedGradSource<false>{pending, skip, completed, nullptr});
+    write(CompletedGradSource<false, T, T>{pending, skip, completed, nullptr});
     return;
   }
-  const cpu::DirectAbove& above = *task.above;
+  const cpu::DirectAbove<T>& above = *task.above;
   const int64_t channels = above.staged_grad.channels;
   const int64_t at = block * s.out_h * s.out_w * channels;
-  const float* const of = above.coefficients;
-  stage(PendingGradSource{above.grad_output + at, above.pending_input + at, of, of + channels,
-                          of + 2 * channels, of + 3 * channels},
+  stage(pending_source(above.grad_output + at, above.pending_input + at, above.coefficients,
+                       channels),
         s.out_h, columns, channels, above.staged_grad, staged_above);
   float* const dz = cpu::scratch(cpu::Slot::recomputed, s.out_h * s.out_w * s.out_channels);
-  direct_map<kBlock>(above.gather, columns, staged_above, above.staged_grad, above.weights,
-                     s.out_channels, s.out_w, s.out_channels, nullptr, nullptr, dz, ahead);
-  pending.dz = dz;
-  write(CompletedGradSource<true>{pending, skip, completed, above.shift.data()});
+  direct_map<kBlock, float>(above.gather, columns, staged_above, above.staged_grad, above.weights,
+                            s.out_channels, s.out_w, s.out_channels, nullptr, nullptr, dz, ahead);
+  const float* const computed = dz;
+  write(CompletedGradSource<true, float, T>{
+      pending_source(computed, input, task.coefficients, s.out_channels), skip, completed,
+      above.shift.data()});
 }
 
 // Blocks [begin, end): gradients of the input, masked, with their sums in sum_dz and sum_dz_x [C],
 // either written or scaled and added to grad_skip, and of the weight, packed as the weights are, in
 // grad_weight.
 template <typename T>
-void batch_norm_relu_conv2d_backward_part(const cpu::DirectBackward& task, int64_t begin,
+void batch_norm_relu_conv2d_backward_part(const cpu::DirectBackward<T>& task, int64_t begin,
                                           int64_t end, double* sum_dz, double* sum_dz_x,
                                           float* grad_weight) {
   const Conv2dShape& s = task.blocks.shape;
@@ -222,9 +241,9 @@ void batch_norm_relu_conv2d_backward_part(const cpu::DirectBackward& task, int64
   const auto weight_gradient =
       s.stride_w == 1 ? &direct_weight_gradient<kBlock> : &direct_weight_gradient<2 * kBlock>;
   const ChannelAffine<float> affine{task.norm.mean, task.norm.scale, task.norm.shift};
-  float* const added =
-      task.grad_z ? nullptr
-                  : cpu::scratch(cpu::Slot::grad_input, s.in_h * s.in_w * task.input_stride);
+  T* const added = task.grad_z ? nullptr
+                               : reinterpret_cast<T*>(cpu::scratch(
+                                     cpu::Slot::grad_input, s.in_h * s.in_w * task.input_stride));
   std::vector<float> sums(2 * s.in_channels);
   std::fill_n(sum_dz, s.in_channels, 0.0);
   std::fill_n(sum_dz_x, s.in_channels, 0.0);
@@ -235,38 +254,40 @@ void batch_norm_relu_conv2d_backward_part(const cpu::DirectBackward& task, int64
     const int64_t in_columns = task.blocks.columns(block, s.in_w);
     const int64_t out_columns = task.blocks.columns(block, s.out_w);
     const int64_t row = block * s.in_h * s.in_w, offset = row * task.input_stride;
-    float* const grad_z = task.grad_z ? task.grad_z + offset : added;
-    stage(ActivationSource{affine, task.input + offset}, s.in_h, in_columns, task.input_stride,
+    T* const grad_z = task.grad_z ? task.grad_z + offset : added;
+    stage(ActivationSource<T>{affine, task.input + offset}, s.in_h, in_columns, task.input_stride,
           task.staged, staged);
     Ahead ahead = block_after(task, block);
     ahead.spread(block_work(task, in_columns, out_columns));
     stage_gradient(task, block, out_columns, staged_grad, staged_above, ahead);
     if (task.winograd) {
-      winograd_map(WinogradTiles::of(s.in_h, s.in_w), staged_grad, task.staged_grad,
-                   task.weights[0], s.in_channels, task.input_stride, nullptr, nullptr, grad_z,
-                   ahead);
+      winograd_map<T>(WinogradTiles::of(s.in_h, s.in_w), staged_grad, task.staged_grad,
+                      task.weights[0], s.in_channels, task.input_stride, nullptr, nullptr, grad_z,
+                      ahead);
     }
     for (size_t i = 0; i < task.phases.size(); ++i) {
       const Gather& phase = task.phases[i];
       // Only whole blocks have more than one phase.
       const int64_t columns = s.stride_w == 1 ? in_columns : phase.columns;
-      direct_map<kBlock>(phase, columns, staged_grad, task.staged_grad, task.weights[i],
-                         s.in_channels, s.in_w, task.input_stride, nullptr, nullptr, grad_z, ahead);
+      direct_map<kBlock, T>(phase, columns, staged_grad, task.staged_grad, task.weights[i],
+                            s.in_channels, s.in_w, task.input_stride, nullptr, nullptr, grad_z,
+                            ahead);
     }
     const int64_t rows = s.in_h * in_columns;
-    const ReducePass<float> reduce{affine, grad_z, task.input + offset, nullptr, nullptr};
+    const ReducePass<T> reduce{affine, grad_z, task.input + offset, nullptr, nullptr};
+    const auto run = [&](const auto& pass) {
+      mask_rows(pass, rows, s.in_channels, task.input_stride, sums.data(), sum_dz, sum_dz_x);
+    };
     if (task.grad_skip) {
-      mask_rows(AddPass{reduce, task.grad_skip + offset, task.grad_input + offset}, rows,
-                s.in_channels, task.input_stride, sums.data(), sum_dz, sum_dz_x);
+      run(AddPass<T, T>{reduce, task.grad_skip + offset, task.grad_input + offset});
+    } else if (task.wide_skip) {
+      run(AddPass<float, T>{reduce, task.wide_skip + offset, task.grad_input + offset});
     } else if (!task.grad_z) {
-      mask_rows(SumPass{reduce}, rows, s.in_channels, task.input_stride, sums.data(), sum_dz,
-                sum_dz_x);
+      run(SumPass<T>{reduce});
     } else if (task.grad_activation) {
-      mask_rows(MaskPass<true>{reduce, task.grad_activation + offset, grad_z}, rows, s.in_channels,
-                task.input_stride, sums.data(), sum_dz, sum_dz_x);
+      run(MaskPass<true, T>{reduce, task.grad_activation + offset, grad_z});
     } else {
-      mask_rows(MaskPass<false>{reduce, nullptr, grad_z}, rows, s.in_channels, task.input_stride,
-                sums.data(), sum_dz, sum_dz_x);
+      run(MaskPass<false, T>{reduce, nullptr, grad_z});
     }
     if (task.winograd) {
       winograd_weight_gradient(tiles, staged, task.staged, staged_grad, task.staged_grad,

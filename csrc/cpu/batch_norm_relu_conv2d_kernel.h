@@ -6,22 +6,22 @@
 // Blocks [begin, end): normalised into the staged map, convolved, and the statistics of each result
 // taken while it is in the cache, into mean and m2 [O].
 template <typename T>
-void batch_norm_relu_conv2d_part(const cpu::DirectForward& task, int64_t begin, int64_t end,
+void batch_norm_relu_conv2d_part(const cpu::DirectForward<T>& task, int64_t begin, int64_t end,
                                  double* mean, double* m2) {
   const Conv2dShape& shape = task.blocks.shape;
   float* const staged = cpu::staging(cpu::Slot::input, task.staged);
-  const auto map = shape.stride_w == 1 ? &direct_map<kBlock> : &direct_map<2 * kBlock>;
-  const InputSource<float> result{task.output};
-  ChunkStatistics<float, InputSource<float>> statistics(result, shape.out_channels,
-                                                        task.output_stride);
+  const auto map = shape.stride_w == 1 ? &direct_map<kBlock, T> : &direct_map<2 * kBlock, T>;
+  const InputSource<T> result{task.output};
+  ChunkStatistics<T, InputSource<T>> statistics(result, shape.out_channels, task.output_stride);
   statistics.start(mean, m2);
   for (int64_t block = begin; block < end; ++block) {
-    const float* const input = task.input + block * shape.in_h * shape.in_w * task.input_stride;
-    stage(ActivationSource{{task.norm.mean, task.norm.scale, task.norm.shift}, input}, shape.in_h,
-          task.blocks.columns(block, shape.in_w), task.input_stride, task.staged, staged);
+    const T* const input = task.input + block * shape.in_h * shape.in_w * task.input_stride;
+    stage(ActivationSource<T>{{task.norm.mean, task.norm.scale, task.norm.shift}, input},
+          shape.in_h, task.blocks.columns(block, shape.in_w), task.input_stride, task.staged,
+          staged);
     const int64_t columns = task.blocks.columns(block, shape.out_w);
     const int64_t row = block * shape.out_h * shape.out_w, offset = row * task.output_stride;
-    const float* const residual = task.residual ? task.residual + offset : nullptr;
+    const T* const residual = task.residual ? task.residual + offset : nullptr;
     Ahead ahead;
     if (block + 1 < shape.batch) {
       const int64_t in = shape.in_h * shape.in_w, out = shape.out_h * shape.out_w;
@@ -42,4 +42,5 @@ void batch_norm_relu_conv2d_part(const cpu::DirectForward& task, int64_t begin, 
     }
     statistics.rows(row, row + shape.out_h * columns);
   }
+  statistics.finish(mean, m2);
 }

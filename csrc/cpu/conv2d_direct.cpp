@@ -5,10 +5,12 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <type_traits>
 
 #include <torch/csrc/stable/ops.h>
 
 #include "common/feature_map.h"
+#include "cpu/element.h"
 
 namespace preact::cpu {
 namespace {
@@ -22,6 +24,16 @@ struct Border {
   Border(int64_t size, int64_t low, int64_t high)
       : before(std::max<int64_t>(0, -low)), total(before + std::max(size, high + 1)) {}
 };
+
+// A weight as a factor of a map of T.
+template <typename T, typename W>
+float operand_of(W weight) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return bfloat16_to_float(as_bfloat16(weight).bits);
+  } else {
+    return weight;
+  }
+}
 
 }  // namespace
 
@@ -161,7 +173,8 @@ float* staging(Slot slot, const Staged& s) {
   return buffer;
 }
 
-void pack_weights(const float* weight, const WeightStrides& strides, const Conv2dShape& shape,
+template <typename T, typename W>
+void pack_weights(const W* weight, const WeightStrides& strides, const Conv2dShape& shape,
                   const std::vector<int64_t>& kernel, bool transposed, float* packed) {
   const int64_t outs = transposed ? shape.in_channels : shape.out_channels;
   const int64_t ins = transposed ? shape.out_channels : shape.in_channels;
@@ -175,18 +188,21 @@ void pack_weights(const float* weight, const WeightStrides& strides, const Conv2
           const int64_t o = pair / blocks_of(ins) * kBlock, i = pair % blocks_of(ins) * kBlock;
           const int64_t rows = std::min(kBlock, ins - i), columns = std::min(kBlock, outs - o);
           for (int64_t t = 0; t < taps; ++t) {
-            const float* from = weight + o * out_stride + i * in_stride +
-                                kernel[t] / shape.kernel_w * strides.y +
-                                kernel[t] % shape.kernel_w * strides.x;
+            const W* from = weight + o * out_stride + i * in_stride +
+                            kernel[t] / shape.kernel_w * strides.y +
+                            kernel[t] % shape.kernel_w * strides.x;
             float* const to = packed + (pair * taps + t) * kBlock * kBlock;
             if (rows < kBlock || columns < kBlock) std::fill_n(to, kBlock * kBlock, 0.0f);
             for (int64_t r = 0; r < rows; ++r) {
-              if (out_stride == 1) {
-                std::copy_n(from + r * in_stride, columns, to + r * kBlock);
-                continue;
+              const W* const row = from + r * in_stride;
+              if constexpr (std::is_same_v<W, float> && std::is_same_v<T, float>) {
+                if (out_stride == 1) {
+                  std::copy_n(row, columns, to + r * kBlock);
+                  continue;
+                }
               }
               for (int64_t c = 0; c < columns; ++c) {
-                to[r * kBlock + c] = from[r * in_stride + c * out_stride];
+                to[r * kBlock + c] = operand_of<T>(row[c * out_stride]);
               }
             }
           }
@@ -194,8 +210,9 @@ void pack_weights(const float* weight, const WeightStrides& strides, const Conv2
       });
 }
 
+template <typename W>
 void unpack_weight_gradient(const float* sums, int64_t chunks, const WeightStrides& strides,
-                            const Conv2dShape& shape, float* gradient) {
+                            const Conv2dShape& shape, W* gradient) {
   const int64_t taps = shape.taps(), size = packed_size(shape, taps);
   const int64_t in_blocks = blocks_of(shape.in_channels);
   const int64_t tiles = blocks_of(shape.out_channels) * in_blocks * taps;
@@ -210,17 +227,29 @@ void unpack_weight_gradient(const float* sums, int64_t chunks, const WeightStrid
         const float* const part = sums + chunk * size + tile * kBlock * kBlock;
         for (int64_t k = 0; k < kBlock * kBlock; ++k) total[k] += part[k];
       }
-      float* const to = gradient + o * strides.out + i * strides.in +
-                        t / shape.kernel_w * strides.y + t % shape.kernel_w * strides.x;
+      W* const to = gradient + o * strides.out + i * strides.in + t / shape.kernel_w * strides.y +
+                    t % shape.kernel_w * strides.x;
       const int64_t rows = std::min(kBlock, shape.in_channels - i);
       const int64_t columns = std::min(kBlock, shape.out_channels - o);
       for (int64_t c = 0; c < columns; ++c) {
         for (int64_t r = 0; r < rows; ++r) {
-          to[c * strides.out + r * strides.in] = total[r * kBlock + c];
+          assign(to[c * strides.out + r * strides.in], total[r * kBlock + c]);
         }
       }
     }
   });
 }
+
+#define PREACT_WEIGHTS(T, W)                                                        \
+  template void pack_weights<T>(const W*, const WeightStrides&, const Conv2dShape&, \
+                                const std::vector<int64_t>&, bool, float*);
+PREACT_WEIGHTS(float, float)
+PREACT_WEIGHTS(BFloat16, float)
+PREACT_WEIGHTS(BFloat16, BFloat16)
+#undef PREACT_WEIGHTS
+template void unpack_weight_gradient(const float*, int64_t, const WeightStrides&,
+                                     const Conv2dShape&, float*);
+template void unpack_weight_gradient(const float*, int64_t, const WeightStrides&,
+                                     const Conv2dShape&, BFloat16*);
 
 }  // namespace preact::cpu

@@ -121,12 +121,15 @@ struct WeightStrides {
   int64_t out, in, y, x;
 };
 
-// Packs the taps `kernel` of a weight; `transposed` swaps the roles of input and output channels.
-void pack_weights(const float* weight, const WeightStrides& strides, const Conv2dShape& shape,
+// Packs the taps `kernel` of a weight, rounded to T, the type of the maps, where it is wider;
+// `transposed` swaps the roles of input and output channels.
+template <typename T, typename W>
+void pack_weights(const W* weight, const WeightStrides& strides, const Conv2dShape& shape,
                   const std::vector<int64_t>& kernel, bool transposed, float* packed);
 // Adds up the chunks' packed gradients, in order, and writes them as the weight is laid out.
+template <typename W>
 void unpack_weight_gradient(const float* sums, int64_t chunks, const WeightStrides& strides,
-                            const Conv2dShape& shape, float* gradient);
+                            const Conv2dShape& shape, W* gradient);
 
 inline int64_t packed_size(const Conv2dShape& s, int64_t taps) {
   return blocks_of(s.in_channels) * blocks_of(s.out_channels) * taps * kBlock * kBlock;
@@ -137,27 +140,34 @@ struct DirectNorm {
   const float *mean, *scale, *shift;
 };
 
+// Of maps of T, which are widened on the way: staged maps and packed weights are always float.
+template <typename T>
 struct DirectForward {
   DirectBlocks blocks;
   Staged staged;
   Gather gather;
   DirectNorm norm;
-  const float *input, *weights, *bias, *residual;
-  float* output;
+  const T* input;
+  const float *weights, *bias;
+  const T* residual;
+  T* output;
   bool winograd;
   int64_t input_stride, output_stride;  // between pixels; residual's is the output's
 };
 
 // The first convolution of the unit above, pointwise: its input's gradient is computed again where
 // the unit below takes it, block by block, as that is cheaper than to write and read it.
+template <typename T>
 struct DirectAbove {
   Staged staged_grad;
   Gather gather;
   const float* weights;
-  std::vector<float> shift;                                 // of the norm before it
-  const float *grad_output, *pending_input, *coefficients;  // as of DirectBackward
+  std::vector<float> shift;  // of the norm before it
+  const T *grad_output, *pending_input;
+  const float* coefficients;  // all three as of DirectBackward
 };
 
+template <typename T>
 struct DirectBackward {
   DirectBlocks blocks;
   Staged staged, staged_grad;
@@ -165,18 +175,20 @@ struct DirectBackward {
   std::vector<Gather> phases;         // of the gradient of the input
   std::vector<const float*> weights;  // packed for each phase
   DirectNorm norm;
-  const float *input, *grad_output, *grad_activation;
-  const float* pending_input;  // null where grad_output is the gradient itself
-  const float* coefficients;   // [4, O]: scale, slope, centre, offset
-  const float* pending_skip;   // added to a pending gradient, or null
-  float* completed;            // their sum; may be grad_output or pending_skip
-  const DirectAbove* above;    // computes grad_output, or null
-  float* grad_z;               // null where only its sums are wanted, or where
-  const float* grad_skip;      // scale * grad_z is added to this instead:
-  float* grad_input;           // their sum; may be grad_skip
-  int64_t input_stride;        // between pixels of input and all gradients like it
-  int64_t output_stride;       // between pixels of grad_output and pending_input
-  bool winograd;               // then the weights are transformed, of one phase
+  const T *input, *grad_output, *grad_activation;
+  const float* wide_grad;       // grad_output where that is float and T is not; or null
+  const T* pending_input;       // null where grad_output is the gradient itself
+  const float* coefficients;    // [4, O]: scale, slope, centre, offset
+  const T* pending_skip;        // added to a pending gradient, or null
+  T* completed;                 // their sum; may be grad_output or pending_skip
+  const DirectAbove<T>* above;  // computes grad_output, or null
+  T* grad_z;                    // null where only its sums are wanted, or where
+  const T* grad_skip;           // scale * grad_z is added to this instead:
+  const float* wide_skip;       // in its place, where that is float and T is not
+  float* grad_input;            // their sum; may be grad_skip
+  int64_t input_stride;         // between pixels of input and all gradients like it
+  int64_t output_stride;        // between pixels of grad_output and pending_input
+  bool winograd;                // then the weights are transformed, of one phase
 };
 
 // A stride that is 1 or 2 in both directions is what the tiles are compiled for.

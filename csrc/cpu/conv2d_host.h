@@ -22,12 +22,22 @@ inline int64_t pixel_stride(const Tensor& tensor) {
   return stride >= tensor.size(1) ? stride : 0;
 }
 
-// Whether the direct convolution takes some channels of a channels_last map: float32, no groups, a
-// stride its tiles are compiled for. Everything else runs as the reference does.
+// Whether a convolution of ours takes the types: float32, or bfloat16, where the weight may be
+// float32, as parameters are under autocast, and its gradient then is.
+inline bool has_direct_types(const Tensor& input, const Tensor& weight) {
+  return weight.scalar_type() == ScalarType::Float
+             ? input.scalar_type() == ScalarType::Float ||
+                   input.scalar_type() == ScalarType::BFloat16
+             : weight.scalar_type() == ScalarType::BFloat16 &&
+                   input.scalar_type() == ScalarType::BFloat16;
+}
+
+// Whether the direct convolution takes some channels of a channels_last map: those types, no
+// groups, a stride its tiles are compiled for. Everything else runs as the reference does.
 inline bool is_direct_slice(const Tensor& input, const Tensor& weight, const Conv2dShape& shape,
                             int64_t groups) {
-  return input.scalar_type() == ScalarType::Float && weight.scalar_type() == ScalarType::Float &&
-         groups == 1 && has_direct_stride(shape) && shape.batch > 0 && pixel_stride(input) > 0;
+  return has_direct_types(input, weight) && groups == 1 && has_direct_stride(shape) &&
+         shape.batch > 0 && pixel_stride(input) > 0;
 }
 
 // The same for a whole map, of a layout that its results take.
@@ -45,8 +55,28 @@ inline DirectNorm direct_norm(const Affine<float>& affine) {
   return {affine.mean.data(), affine.scale.data(), affine.bias.data()};
 }
 
-inline const float* maybe_data(const OptionalTensor& tensor) {
-  return tensor ? data<float>(*tensor) : nullptr;
+template <typename T>
+const T* maybe_data(const OptionalTensor& tensor) {
+  return tensor ? data<T>(*tensor) : nullptr;
+}
+
+// Calls function with a value of the type of the weight's elements.
+template <typename Function>
+void with_weight_type(const Tensor& weight, Function function) {
+  if (weight.scalar_type() == ScalarType::Float) {
+    function(float{});
+  } else {
+    function(BFloat16{});
+  }
+}
+// The same for maps of T: the weight of a float map is float.
+template <typename T, typename Function>
+void with_weight_type_of(const Tensor& weight, Function function) {
+  if constexpr (std::is_same_v<T, float>) {
+    function(float{});
+  } else {
+    with_weight_type(weight, function);
+  }
 }
 
 struct ConvGradients {

@@ -17,12 +17,13 @@ constexpr int64_t lane_offset(int v, int64_t panel) {
 }
 
 // Where a group of output channels is written, [pixel * stride + lane].
+template <typename T>
 struct TileOutput {
-  float* data;
+  T* data;
   int64_t stride;
-  int64_t lanes;          // channels that exist, of VECTORS * lanes
-  const float* bias;      // [lanes], or null
-  const float* residual;  // like data, or null
+  int64_t lanes;      // channels that exist, of VECTORS * lanes
+  const float* bias;  // [lanes], or null
+  const T* residual;  // like data, or null
 };
 
 struct TileInput {
@@ -33,23 +34,25 @@ struct TileInput {
 };
 
 // Out of line, and at that once: it would be most of every tile's code.
-inline __attribute__((noinline)) void store_channels(const float* values, const TileOutput& out,
-                                                     int64_t pixel) {
-  float* const to = out.data + pixel * out.stride;
-  const float* const residual = out.residual ? out.residual + pixel * out.stride : nullptr;
+template <typename T>
+__attribute__((noinline)) void store_channels(const float* values, const TileOutput<T>& out,
+                                              int64_t pixel) {
+  using S = Single<float>;
+  T* const to = out.data + pixel * out.stride;
+  const T* const residual = out.residual ? out.residual + pixel * out.stride : nullptr;
   for (int64_t i = 0; i < out.lanes; ++i) {
     float value = values[i];
     if (out.bias) value += out.bias[i];
-    to[i] = residual ? value + residual[i] : value;
+    S::store(to + i, residual ? value + S::load(residual + i) : value);
   }
 }
 
-template <int VECTORS>
-PREACT_INLINE void store_pixel(const FloatVector* sums, const TileOutput& out, int64_t pixel) {
+template <int VECTORS, typename T>
+PREACT_INLINE void store_pixel(const FloatVector* sums, const TileOutput<T>& out, int64_t pixel) {
   using P = Pack<float>;
   if (out.lanes == VECTORS * P::lanes) {
-    float* const to = out.data + pixel * out.stride;
-    const float* const residual = out.residual ? out.residual + pixel * out.stride : nullptr;
+    T* const to = out.data + pixel * out.stride;
+    const T* const residual = out.residual ? out.residual + pixel * out.stride : nullptr;
 #pragma GCC unroll 2
     for (int v = 0; v < VECTORS; ++v) {
       FloatVector value = sums[v];
@@ -64,9 +67,9 @@ PREACT_INLINE void store_pixel(const FloatVector* sums, const TileOutput& out, i
   store_channels(values, out, pixel);
 }
 
-template <int PIXELS, int VECTORS, int STEP>
+template <int PIXELS, int VECTORS, int STEP, typename T>
 __attribute__((noinline)) void direct_tile(const float* input, const TileInput& in,
-                                           const TileOutput& out, int64_t pixel, Ahead& ahead) {
+                                           const TileOutput<T>& out, int64_t pixel, Ahead& ahead) {
   using P = Pack<float>;
   FloatVector sums[PIXELS][VECTORS];
 #pragma GCC unroll 16
@@ -97,7 +100,7 @@ __attribute__((noinline)) void direct_tile(const float* input, const TileInput& 
     }
   }
   if (out.lanes == VECTORS * P::lanes && !out.bias && !out.residual) {
-    float* to = out.data + pixel * out.stride;
+    T* to = out.data + pixel * out.stride;
 #pragma GCC unroll 16
     for (int p = 0; p < PIXELS; ++p, to += out.stride) {
 #pragma GCC unroll 2
@@ -135,8 +138,8 @@ PREACT_INLINE int tile_width(int64_t left) {
 constexpr int kMostSums = 12;  // of 16 registers
 #endif
 
-template <int VECTORS, int STEP>
-PREACT_INLINE void direct_row(const float* input, const TileInput& in, const TileOutput& out,
+template <int VECTORS, int STEP, typename T>
+PREACT_INLINE void direct_row(const float* input, const TileInput& in, const TileOutput<T>& out,
                               int64_t pixels, Ahead& ahead) {
   for (int64_t pixel = 0; pixel < pixels;) {
     const int width = tile_width<VECTORS>(pixels - pixel);
@@ -165,12 +168,12 @@ inline int64_t direct_work(const Gather& gather, int64_t columns, int64_t in_cha
 }
 
 // All outputs of a gather, columns limited to `columns`: [row][column][channels] from `output` on,
-// `width` columns in a row of the map, `stride` floats between them. `residual` is like output,
+// `width` columns in a row of the map, `stride` elements between them. `residual` is like output,
 // bias [channels]; both may be null.
-template <int STEP>
+template <int STEP, typename T>
 void direct_map(const Gather& gather, int64_t columns, const float* staged, const Staged& layout,
                 const float* weights, int64_t channels, int64_t width, int64_t stride,
-                const float* bias, const float* residual, float* output, Ahead& ahead) {
+                const float* bias, const T* residual, T* output, Ahead& ahead) {
   constexpr int64_t kLanes = Pack<float>::lanes;
   const auto taps = static_cast<int64_t>(gather.taps.size());
   const int64_t blocks = cpu::blocks_of(layout.channels);
@@ -189,8 +192,8 @@ void direct_map(const Gather& gather, int64_t columns, const float* staged, cons
       const int64_t offset =
           ((gather.first_y + y * gather.step_y) * width + gather.first_x) * stride + c;
       const float* const row = staged + y * gather.input_step_y * layout.columns * kBlock;
-      const TileOutput out{output + offset, gather.step_x * stride, lanes,
-                           bias ? bias + c : nullptr, residual ? residual + offset : nullptr};
+      const TileOutput<T> out{output + offset, gather.step_x * stride, lanes,
+                              bias ? bias + c : nullptr, residual ? residual + offset : nullptr};
       if (pair) {
         direct_row<2, STEP>(row, in, out, columns, ahead);
       } else {
@@ -349,9 +352,10 @@ void stage(const Source source, int64_t height, int64_t width, int64_t stride, c
 }
 
 // relu((x - mean) * scale + bias)
+template <typename T>
 struct ActivationSource {
   ChannelAffine<float> affine;
-  const float* input;
+  const T* input;
 
   template <typename P>
   PREACT_INLINE typename P::reg value(int64_t i, int64_t c) const {

@@ -7,15 +7,12 @@
 
 namespace preact::cpu {
 
-// Whether the convolution by tiles takes these: as is_direct_slice, in bfloat16; the
-// weight may be float, as parameters are under autocast, and its gradient then is.
+// Whether the convolution by tiles takes these: as is_direct_slice, in bfloat16, where the
+// processor multiplies that.
 inline bool is_tiled_slice(const Tensor& input, const Tensor& weight, const Conv2dShape& shape,
                            int64_t groups) {
-  return input.scalar_type() == ScalarType::BFloat16 &&
-         (weight.scalar_type() == ScalarType::BFloat16 ||
-          weight.scalar_type() == ScalarType::Float) &&
-         groups == 1 && has_direct_stride(shape) && shape.batch > 0 && pixel_stride(input) > 0 &&
-         capability() >= Capability::avx512_bf16;
+  return input.scalar_type() == ScalarType::BFloat16 && capability() >= Capability::avx512_bf16 &&
+         is_direct_slice(input, weight, shape, groups);
 }
 
 // As is_direct.
@@ -27,16 +24,6 @@ inline bool is_tiled(const Tensor& input, const Tensor& weight, const Conv2dShap
 
 inline BFloat16* packed_scratch(int64_t size) {
   return reinterpret_cast<BFloat16*>(scratch(Slot::weights, (size + 1) / 2));
-}
-
-// Calls function with a value of the type of the weight's elements.
-template <typename Function>
-void with_weight_type(const Tensor& weight, Function function) {
-  if (weight.scalar_type() == ScalarType::Float) {
-    function(float{});
-  } else {
-    function(BFloat16{});
-  }
 }
 
 // Writes output and returns its mean and variance.

@@ -7,6 +7,8 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include "cpu/element.h"
+
 namespace preact::cpu {
 namespace {
 
@@ -58,13 +60,14 @@ Staged stage_winograd_grad_output(const Conv2dShape& s) {
 }
 
 // G g G^T, a panel of 16 by 16 channels at a time.
-void transform_weights(const float* weight, const WeightStrides& strides, const Conv2dShape& s,
+template <typename T, typename W>
+void transform_weights(const W* weight, const WeightStrides& strides, const Conv2dShape& s,
                        bool transposed, float* transformed) {
   std::vector<int64_t> kernel(9);
   std::iota(kernel.begin(), kernel.end(), 0);
   if (transposed) std::reverse(kernel.begin(), kernel.end());
   float* const packed = scratch(Slot::sums, packed_size(s, 9));
-  pack_weights(weight, strides, s, kernel, transposed, packed);
+  pack_weights<T>(weight, strides, s, kernel, transposed, packed);
   const int64_t panels = packed_size(s, 1) / kPanel, position = panels * kPanel;
   constexpr int64_t kGrain = 8;
   torch::stable::parallel_for(0, panels, kGrain, [&](int64_t begin, int64_t end) {
@@ -123,5 +126,13 @@ void transform_weight_gradient(const float* transformed, const Conv2dShape& s, f
     }
   }
 }
+
+#define PREACT_WEIGHTS(T, W)                                                                   \
+  template void transform_weights<T>(const W*, const WeightStrides&, const Conv2dShape&, bool, \
+                                     float*);
+PREACT_WEIGHTS(float, float)
+PREACT_WEIGHTS(BFloat16, float)
+PREACT_WEIGHTS(BFloat16, BFloat16)
+#undef PREACT_WEIGHTS
 
 }  // namespace preact::cpu

@@ -43,8 +43,9 @@ Staged stage_winograd_grad_output(const Conv2dShape& shape);
 
 inline int64_t transformed_size(const Conv2dShape& s) { return packed_size(s, kPositions); }
 
-// Weights for the forward, or, `transposed`, for the gradient of the input.
-void transform_weights(const float* weight, const WeightStrides& strides, const Conv2dShape& shape,
+// Weights for the forward, or, `transposed`, for the gradient of the input; T as of pack_weights.
+template <typename T, typename W>
+void transform_weights(const W* weight, const WeightStrides& strides, const Conv2dShape& shape,
                        bool transposed, float* transformed);
 // Gradients of transformed weights as gradients of packed ones.
 void transform_weight_gradient(const float* transformed, const Conv2dShape& shape, float* packed);

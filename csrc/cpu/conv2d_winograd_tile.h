@@ -106,7 +106,7 @@ inline void winograd_products(const float* transformed, int64_t tiles, int64_t i
                          1,
                          blocks,
                          tiles * kBlock};
-      const TileOutput out{output + c, width, group, nullptr, nullptr};
+      const TileOutput<float> out{output + c, width, group, nullptr, nullptr};
       if (pair) {
         direct_row<2, kBlock>(input, in, out, tiles, ahead);
       } else {
@@ -118,10 +118,11 @@ inline void winograd_products(const float* transformed, int64_t tiles, int64_t i
 }
 
 // A^T m A of `rows` rows of tiles from row `first` on, written like the outputs of direct_map.
-inline __attribute__((noinline)) void winograd_output(const float* sums, const WinogradTiles& map,
-                                                      int64_t first, int64_t rows, int64_t channels,
-                                                      int64_t stride, const float* bias,
-                                                      const float* residual, float* output) {
+template <typename T>
+__attribute__((noinline)) void winograd_output(const float* sums, const WinogradTiles& map,
+                                               int64_t first, int64_t rows, int64_t channels,
+                                               int64_t stride, const float* bias, const T* residual,
+                                               T* output) {
   using P = Pack<float>;
   const int64_t tiles = rows * map.columns, width = cpu::blocks_of(channels) * kBlock;
   const int64_t position = cpu::position_stride(tiles, channels);
@@ -138,8 +139,8 @@ inline __attribute__((noinline)) void winograd_output(const float* sums, const W
         left[i] = a + b + d;
         right[i] = b - d - e;
       }
-      const TileOutput out{output + c, stride, std::min<int64_t>(P::lanes, channels - c),
-                           bias ? bias + c : nullptr, residual ? residual + c : nullptr};
+      const TileOutput<T> out{output + c, stride, std::min<int64_t>(P::lanes, channels - c),
+                              bias ? bias + c : nullptr, residual ? residual + c : nullptr};
       const FloatVector upper[2] = {left[0] + left[1] + left[2], right[0] + right[1] + right[2]};
       const FloatVector lower[2] = {left[1] - left[2] - left[3], right[1] - right[2] - right[3]};
       store_pixel<1>(&upper[0], out, pixel);
@@ -152,11 +153,12 @@ inline __attribute__((noinline)) void winograd_output(const float* sums, const W
   }
 }
 
-// All outputs of a map, [row][column][channels], `stride` floats between pixels. `residual` is like
-// output, bias [channels]; both may be null.
-inline void winograd_map(const WinogradTiles& map, const float* staged, const Staged& layout,
-                         const float* weights, int64_t channels, int64_t stride, const float* bias,
-                         const float* residual, float* output, Ahead& ahead) {
+// All outputs of a map, [row][column][channels], `stride` elements between pixels. `residual` is
+// like output, bias [channels]; both may be null.
+template <typename T>
+void winograd_map(const WinogradTiles& map, const float* staged, const Staged& layout,
+                  const float* weights, int64_t channels, int64_t stride, const float* bias,
+                  const T* residual, T* output, Ahead& ahead) {
   const int64_t most = map.at_once();
   float* const transformed = cpu::scratch(cpu::Slot::transformed,
                                           kPositions * cpu::position_stride(most, layout.channels));

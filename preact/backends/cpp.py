@@ -167,7 +167,7 @@ def serves_direct(
     stride, _, _, groups = geometry
     return (
         input.dtype == dtype
-        and (input.dtype == torch.float32 or (input.dtype == torch.bfloat16 and _has_tiles()))
+        and input.dtype in (torch.float32, torch.bfloat16)
         and groups == 1
         and stride in ((1, 1), (2, 2))
         and memory_format_of(input) == torch.channels_last
