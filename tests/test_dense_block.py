@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import statistics
+from collections import defaultdict
 
 import pytest
 import torch
@@ -15,7 +17,15 @@ from preact.backends import available, cpu_capability
 from preact.functional import Conv, Norm
 
 from .test_training import bytes_kept
-from .tolerances import assert_as_good_as_eager, assert_same_in_float64, distance, magnitude
+from .tolerances import (
+    EAGER_FACTOR,
+    assert_as_good_as_eager,
+    assert_same_in_float64,
+    distance,
+    error,
+    floor,
+    magnitude,
+)
 
 torchvision = pytest.importorskip("torchvision")
 
@@ -193,20 +203,44 @@ def everything(model, x, grad):
     return {"output": output, "x": x.grad, **parameters, **dict(model.named_buffers())}
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("size", [(9, 7), (1, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("training", "size"), [(True, (9, 7)), (False, (9, 7)), (False, (1, 1))], ids=str
+)
 def test_as_good_as_eager(training, size, fused_calls):
-    torch.manual_seed(0)
+    results, wanted, grad = run_fused_and_eager(0, training, size)
+    assert len(fused_calls) == (size != (1, 1))
+    judge(*results, wanted, grad)
+    assert results[0]["output"].is_contiguous(memory_format=CHANNELS_LAST)
+
+
+def run_fused_and_eager(seed, training, size):
+    torch.manual_seed(seed)
     eager = block().train(training)
     exact, fused = copy.deepcopy(eager).double(), copy.deepcopy(eager)
     report = preact.fuse_(fused)
     assert report.counts == {"dense_block": 6, "skipped": 0}
     x, grad = channels_last(4, 24, *size) * 2 + 1, channels_last(4, 48, *size)
     results = [everything(m, a, grad.to(a.dtype)) for m, a in ((fused, x), (eager, x))]
-    wanted = everything(exact, x.double(), grad.double())
-    assert len(fused_calls) == (size != (1, 1))
-    judge(*results, wanted, grad)
-    assert results[0]["output"].is_contiguous(memory_format=CHANNELS_LAST)
+    return results, everything(exact, x.double(), grad.double()), grad
+
+
+def test_maps_of_one_pixel_are_as_good_as_eager(fused_calls):
+    """A norm over 4 values may divide by next to nothing: of single runs either way may be 10 times
+    as far from float64 as the other, so the median of many is compared."""
+    errors = defaultdict(list)
+    for seed in range(15):
+        (found, eager), wanted, _ = run_fused_and_eager(seed, True, (1, 1))
+        for name, result in found.items():
+            if name.endswith("num_batches_tracked"):
+                assert torch.equal(result, wanted[name])
+                continue
+            allowed = floor(result, wanted[name])
+            pair = error(result, wanted[name]), error(eager[name], wanted[name]), allowed
+            errors[name].append(pair)
+    assert not fused_calls  # such a map is in both layouts at once: layer by layer
+    for name, runs in errors.items():
+        ours, eagers, floors = (statistics.median(of) for of in zip(*runs, strict=True))
+        assert ours <= EAGER_FACTOR * eagers + floors, (name, ours, eagers, floors)
 
 
 def judge(found, eager, wanted, grad):
