@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import platform
 import re
 from pathlib import Path
@@ -47,9 +48,23 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+# What lowers the instruction set of one side or the other, and with it the times.
+_INSTRUCTION_SETS = ("PREACT_CPU_CAPABILITY", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
+
+
+@functools.cache
+def _model() -> list[str]:
+    """Family and model: a virtual machine may give processors of several generations one name."""
+    information = Path("/proc/cpuinfo")
+    text = information.read_text() if information.exists() else ""
+    fields = (re.search(rf"^{name}\s*:\s*(\d+)$", text, re.M) for name in ("cpu family", "model"))
+    return [field.group(1) for field in fields if field]
+
+
 def description(device: torch.device) -> str:
     """Of the hardware: what is measured on one holds for another of the same description."""
     if device.type == "cuda":
         found = properties(device)
         return f"{found.name}-sm_{found.capability}"
-    return f"{processor()}-{torch.get_num_threads()}_threads"
+    parts = [processor(), *_model(), f"{torch.get_num_threads()}_threads"]
+    return "-".join(parts + [os.environ[name] for name in _INSTRUCTION_SETS if name in os.environ])

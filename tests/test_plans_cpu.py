@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import preact
-from preact import plans, remembered, trials, tuning
+from preact import device, plans, remembered, trials, tuning
 from preact.backends import available, cpp
 
 pytestmark = [
@@ -41,7 +41,7 @@ def clock(monkeypatch):
     """The other choice takes ``clock["other"]`` of the written one's time; counts measurements."""
     times = {"other": 0.5, "asked": 0}
 
-    def measure(runs, device):
+    def measure(runs, _device):
         for run in runs:
             run()
         times["asked"] += 1
@@ -72,6 +72,30 @@ def test_written_limits_for_little_work_and_where_measuring_is_off(setting, cloc
     assert not fuses(*operands(512, 512))
     assert clock["asked"] == 0
     assert "by written limits" in plans.describe("cpu")
+
+
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_bfloat16_is_ours_where_the_processor_does_not_multiply_it(multiplies, monkeypatch):
+    monkeypatch.setattr(cpp, "_multiplies_bfloat16", lambda: multiplies)
+    monkeypatch.setenv("PREACT_TUNE", "off")
+    for outs, channels, kernel, geometry, work in [
+        (256, 256, 3, SAME, "backward"),
+        (512, 1024, 1, POINTWISE, "forward with statistics"),
+        (256, 64, 1, POINTWISE, "forward"),  # widens
+    ]:
+        x, weight = (t.bfloat16() for t in operands(outs, channels, kernel))
+        assert fuses(x, weight, geometry, work) is not multiplies
+
+
+def test_what_was_measured_holds_for_processors_of_one_model_and_setting(monkeypatch):
+    cpu = torch.device("cpu")
+    for name in device._INSTRUCTION_SETS:
+        monkeypatch.delenv(name, raising=False)
+    plain = device.description(cpu)
+    monkeypatch.setenv("PREACT_CPU_CAPABILITY", "avx2")
+    assert device.description(cpu) == f"{plain}-avx2"
+    monkeypatch.setattr(device, "_model", lambda: ["26", "17"])
+    assert not device.description(cpu).startswith(plain)
 
 
 def test_enough_work_is_measured_by_default(clock):

@@ -101,14 +101,14 @@ def _has_vectors() -> bool:
 
 
 @functools.cache
-def _decide_tiles() -> bool:
+def _decide_bfloat16() -> bool:
     return cpu_capability() in ("AMX", "AVX512_BF16")
 
 
 @constant_to_compile
-def _has_tiles() -> bool:
-    """Whether this processor has the registers that the bfloat16 convolutions run on."""
-    return _decide_tiles()
+def _multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions for it; else elements are widened on the way."""
+    return _decide_bfloat16()
 
 
 # Weights up to which our convolution won against the library's between our passes, by whole
@@ -128,6 +128,7 @@ _MOST_WEIGHTS_WINOGRAD = {
 }
 # In bfloat16, on tile registers, it won all along, up to these sizes; in training pointwise
 # convolutions and those of stride 2 took 0.63 to 0.93 of the library's time up to the larger one.
+# With AVX512_BF16 there is a tie near the limit (0.91 to 1.02 in training).
 _MOST_WEIGHTS_TILES = {
     "forward": 140_000,
     "forward with statistics": 140_000,
@@ -135,6 +136,9 @@ _MOST_WEIGHTS_TILES = {
     "dense block": 300_000,
 }
 _MOST_WEIGHTS_TILES_FEW_TAPS = 350_000
+# Where the processor does not multiply bfloat16, the library takes 2 (AVX-512) to 10 times (AVX2)
+# as long as in float32, and ours little longer: 0.2 to 0.7 of its time in all that was measured.
+_MOST_WEIGHTS_WIDENED = 2_400_000
 
 
 @constant_to_compile
@@ -182,6 +186,8 @@ def most_weights(input: Tensor, weight: Tensor, geometry: Geometry, work: str) -
     A pointwise convolution that widens the map and does nothing more than that is faster in the
     library (0.69 to 1.01 of its time in ours): it reads little that a prologue could save.
     """
+    if input.dtype == torch.bfloat16 and not _multiplies_bfloat16():
+        return _MOST_WEIGHTS_WIDENED
     stride, _, dilation, _ = geometry
     if work == "forward" and weight.shape[2:] == (1, 1) and weight.size(0) > weight.size(1):
         return 0
