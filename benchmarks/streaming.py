@@ -138,7 +138,9 @@ def streaming(
     reason = backends.available("cpu")["cpp"]
     if reason:
         raise click.ClickException(f"no native kernels: {reason}")
-    kernels = backends.cpu_capability().replace("AMX", "AVX512")  # these passes have no tiles
+    kernels = backends.cpu_capability()
+    if kernels in ("AMX", "AVX512_BF16"):  # whose products these passes do not use
+        kernels = "AVX512"
     preact.retain_freed_memory()
     output.mkdir(parents=True, exist_ok=True)
     path = output / f"streaming_{kernels.lower()}_{channels}x{size}.csv"
