@@ -5,6 +5,7 @@
 // The gradient of the convolution's result, as it is.
 template <typename T>
 struct GradSource {
+  using Element = T;
   const T* grad_output;
 
   template <typename P>
@@ -19,6 +20,7 @@ struct GradSource {
 // scale * dz + slope * (x - centre) + offset.
 template <typename G, typename T>
 struct PendingGradSource {
+  using Element = T;
   const G* dz;
   const T* input;
   const float *scale, *slope, *centre, *offset;
@@ -35,9 +37,10 @@ struct PendingGradSource {
 
 // The same plus what came over the shortcut, written on the way. Where MASK, dz has yet to pass the
 // ReLU of the norm, whose scale and mean are the pending gradient's scale and centre.
-template <bool MASK, typename G, typename T>
+template <bool MASK, typename T>
 struct CompletedGradSource {
-  PendingGradSource<G, T> pending;
+  using Element = T;
+  PendingGradSource<T, T> pending;
   const T* skip;
   T* completed;
   const float* shift;
@@ -208,7 +211,7 @@ void stage_gradient(const cpu::DirectBackward<T>& task, int64_t block, int64_t c
   const T* const skip = task.pending_skip + offset;
   T* const completed = task.completed + offset;
   if (!task.above) {
-    write(CompletedGradSource<false, T, T>{pending, skip, completed, nullptr});
+    write(CompletedGradSource<false, T>{pending, skip, completed, nullptr});
     return;
   }
   const cpu::DirectAbove<T>& above = *task.above;
@@ -217,11 +220,12 @@ void stage_gradient(const cpu::DirectBackward<T>& task, int64_t block, int64_t c
   stage(pending_source(above.grad_output + at, above.pending_input + at, above.coefficients,
                        channels),
         s.out_h, columns, channels, above.staged_grad, staged_above);
-  float* const dz = cpu::scratch(cpu::Slot::recomputed, s.out_h * s.out_w * s.out_channels);
-  direct_map<kBlock, float>(above.gather, columns, staged_above, above.staged_grad, above.weights,
-                            s.out_channels, s.out_w, s.out_channels, nullptr, nullptr, dz, ahead);
-  const float* const computed = dz;
-  write(CompletedGradSource<true, float, T>{
+  T* const dz =
+      reinterpret_cast<T*>(cpu::scratch(cpu::Slot::recomputed, s.out_h * s.out_w * s.out_channels));
+  direct_map<kBlock, T>(above.gather, columns, staged_above, above.staged_grad, above.weights,
+                        s.out_channels, s.out_w, s.out_channels, nullptr, nullptr, dz, ahead);
+  const T* const computed = dz;
+  write(CompletedGradSource<true, T>{
       pending_source(computed, input, task.coefficients, s.out_channels), skip, completed,
       above.shift.data()});
 }

@@ -312,7 +312,8 @@ PREACT_INLINE void stage_pixels(const Source& source, int64_t from, int64_t stri
     typename V::reg values[PIXELS];
 #pragma GCC unroll 4
     for (int p = 0; p < PIXELS; ++p) {
-      values[p] = source.template value<V>(from + p * stride + c, c);
+      values[p] =
+          rounded<V, typename Source::Element>(source.template value<V>(from + p * stride + c, c));
     }
 #pragma GCC unroll 4
     for (int p = 0; p < PIXELS; ++p) {
@@ -331,7 +332,7 @@ PREACT_INLINE void stage_pixels(const Source& source, int64_t from, int64_t stri
 
 // Writes a map [height][width][channels], `stride` elements between pixels, into a staged one, each
 // value as Source gives it: value<P>(i, c) for the elements from offset i on, channels from c on,
-// and then keep<P>(i, value).
+// rounded to Source::Element as it would be in a map of its own, and then keep<P>(i, value).
 template <typename Source>
 void stage(const Source source, int64_t height, int64_t width, int64_t stride, const Staged& layout,
            float* staged) {
@@ -354,6 +355,7 @@ void stage(const Source source, int64_t height, int64_t width, int64_t stride, c
 // relu((x - mean) * scale + bias)
 template <typename T>
 struct ActivationSource {
+  using Element = T;
   ChannelAffine<float> affine;
   const T* input;
 
