@@ -71,10 +71,12 @@ def one_process(rank: int, folder: str) -> None:
     results: dict[str, Any] = {}
     for backend in ("reference", "cpp"):
         for name, model in networks().items():
-            parallel = DistributedDataParallel(preact.convert_sync_batchnorm(model))
             # Losses are this process's own; gradients are averaged, buffers must be the same.
-            results[name, backend] = three_steps(parallel, halves(rank), backend)
+            results[name, backend] = three_steps(
+                DistributedDataParallel(preact.convert_sync_batchnorm(model)), halves(rank), backend
+            )
     torch.save(results, f"{folder}/{rank}.pt")
+    dist.barrier()  # lest one takes its connections down while the other still uses them
     dist.destroy_process_group()
 
 
