@@ -116,7 +116,7 @@ void tile_map(const TileGather& tiled, int64_t columns, int64_t step, const BFlo
   for (int64_t c = 0; c < channels; c += 32, weights += steps * (NARROW ? 1 : 2) * kTile) {
     for (int64_t first = 0; first < total; first += kTiles) {
       const int64_t count = std::min<int64_t>(kTiles, total - first);
-      Ahead::Lines lines = ahead.take(1, count * most / (NARROW ? 2 : 1));
+      Ahead::Lines lines = ahead.take(1, NARROW ? (count * most + 1) / 2 : count * most);
       const BFloat16* pixels[kTiles];
       TileOutput outputs[kTiles];
       for (int i = 0; i < kTiles; ++i) {
