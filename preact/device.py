@@ -49,7 +49,9 @@ def processor() -> str:
 
 
 # What lowers the instruction set of one side or the other, and with it the times.
-_INSTRUCTION_SETS = ("PREACT_CPU_CAPABILITY", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
+_INSTRUCTION_SETS = (
+    "PREACT_CPU_CAPABILITY", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA",
+)  # fmt: skip
 
 
 @functools.cache
@@ -67,4 +69,5 @@ def description(device: torch.device) -> str:
         found = properties(device)
         return f"{found.name}-sm_{found.capability}"
     parts = [processor(), *_model(), f"{torch.get_num_threads()}_threads"]
-    return "-".join(parts + [os.environ[name] for name in _INSTRUCTION_SETS if name in os.environ])
+    lowered = [f"{name}={os.environ[name]}" for name in _INSTRUCTION_SETS if name in os.environ]
+    return "-".join(parts + lowered)

@@ -93,7 +93,7 @@ def test_what_was_measured_holds_for_processors_of_one_model_and_setting(monkeyp
         monkeypatch.delenv(name, raising=False)
     plain = device.description(cpu)
     monkeypatch.setenv("PREACT_CPU_CAPABILITY", "avx2")
-    assert device.description(cpu) == f"{plain}-avx2"
+    assert device.description(cpu) == f"{plain}-PREACT_CPU_CAPABILITY=avx2"
     monkeypatch.setattr(device, "_model", lambda: ["26", "17"])
     assert not device.description(cpu).startswith(plain)
 
