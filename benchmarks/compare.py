@@ -80,8 +80,8 @@ def _dtypes(
         return DTYPES[:1]
     if target.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         console.print(
-            "left out: bfloat16, whose convolutions this processor emulates at a tenth of float32's"
-            " speed; --dtypes all includes it",
+            "left out: bfloat16, whose convolutions PyTorch emulates on this processor at a tenth"
+            " of float32's speed, minutes for each network; --dtypes all includes it",
             style="yellow",
         )
         return DTYPES[:1]

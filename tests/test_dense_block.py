@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import statistics
-from collections import defaultdict
 
 import pytest
 import torch
@@ -18,12 +16,10 @@ from preact.functional import Conv, Norm
 
 from .test_training import bytes_kept
 from .tolerances import (
-    EAGER_FACTOR,
+    Runs,
     assert_as_good_as_eager,
     assert_same_in_float64,
     distance,
-    error,
-    floor,
     magnitude,
 )
 
@@ -225,22 +221,17 @@ def run_fused_and_eager(seed, training, size):
 
 
 def test_maps_of_one_pixel_are_as_good_as_eager(fused_calls):
-    """A norm over 4 values may divide by next to nothing: of single runs either way may be 10 times
-    as far from float64 as the other, so the median of many is compared."""
-    errors = defaultdict(list)
+    """A norm over 4 values may divide by next to nothing."""
+    runs = Runs()
     for seed in range(15):
         (found, eager), wanted, _ = run_fused_and_eager(seed, True, (1, 1))
         for name, result in found.items():
             if name.endswith("num_batches_tracked"):
                 assert torch.equal(result, wanted[name])
                 continue
-            allowed = floor(result, wanted[name])
-            pair = error(result, wanted[name]), error(eager[name], wanted[name]), allowed
-            errors[name].append(pair)
+            runs.add(name, result, eager[name], wanted[name])
     assert not fused_calls  # such a map is in both layouts at once: layer by layer
-    for name, runs in errors.items():
-        ours, eagers, floors = (statistics.median(of) for of in zip(*runs, strict=True))
-        assert ours <= EAGER_FACTOR * eagers + floors, (name, ours, eagers, floors)
+    runs.assert_as_good_as_eager()
 
 
 def judge(found, eager, wanted, grad):

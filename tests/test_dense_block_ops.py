@@ -11,7 +11,7 @@ from preact import dense, reference, reference_dense, remembered
 from preact.backends import available
 from preact.functional import Conv, Norm
 
-from .tolerances import assert_as_good_as_eager, magnitude
+from .tolerances import Runs, magnitude
 
 pytestmark = pytest.mark.skipif(
     available()["cpp"] != "", reason=f"no native kernels: {available()['cpp']}"
@@ -22,11 +22,11 @@ FIRST, BOTTLENECK, GROWTH, LAYERS = 24, 32, 16, 3
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-def operands(dtype, weight_dtype, layout, own, affine=True, mean=0.0):
+def operands(dtype, weight_dtype, layout, own, affine=True, seed=0):
     """Arguments of the forward; ``own`` says of both norms whether they take the batch's values."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     accumulate = reference.accumulate_dtype(dtype)
-    x = (torch.randn(3, FIRST, 9, 7) + mean).to(dtype).contiguous(memory_format=LAYOUTS[layout])
+    x = torch.randn(3, FIRST, 9, 7).to(dtype).contiguous(memory_format=LAYOUTS[layout])
     parameters: list[Tensor | None] = []
     numbers: list[int] = []
     for index in range(LAYERS):
@@ -56,37 +56,48 @@ CASES = {
 }
 
 
+SEEDS = range(9)
+"""In bfloat16 a single run is by chance up to 2.3 times as far from float64 as eager's, or less."""
+
+
+def run_ops(given, layout, runs):
+    x, *rest = given
+    found = OPS.dense_block(*given, True)
+    eager = reference_dense.dense_block(*given, True)
+    exact = reference_dense.dense_block(*map(double, given), True)
+    names = ["features", "mean", "var", *(f"inner {i}" for i in range(2 * LAYERS))]
+    names += [f"bottleneck {i}" for i in range(LAYERS)]
+    for name, result, plain, wanted in zip(names, found, eager, exact, strict=True):
+        assert result.dtype == plain.dtype
+        assert result.stride() == plain.stride()
+        runs.add(name, result, plain, wanted, magnitude(wanted))
+    assert len(OPS.dense_block(*given, False)) == len(found) - LAYERS
+
+    grad = torch.randn(found[0].shape).to(x).contiguous(memory_format=LAYOUTS[layout])
+    arguments = (grad, eager, *rest, True)
+    found = OPS.dense_block_backward(*arguments)
+    plain = reference_dense.dense_block_backward(*arguments)
+    wanted = reference_dense.dense_block_backward(*map(double, arguments))
+    terms = (magnitude(grad.double()) * grad[:, 0].numel()) ** 0.5
+    for index, (result, a, b) in enumerate(zip(found, plain, wanted, strict=True)):
+        assert result.dtype == a.dtype
+        runs.add(f"gradient {index}", result, a, b, magnitude(b) + terms)
+    assert found[0].stride() == x.stride()
+    without = OPS.dense_block_backward(*arguments[:-1], False)
+    assert without[0].numel() == 0
+    assert all(torch.equal(a, b) for a, b in zip(without[1:], found[1:], strict=True))
+
+
 @pytest.mark.parametrize("own", [(True, True), (False, False), (False, True)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", CASES)
 def test_ops_equal_their_formulas(case, layout, own):
+    dtypes = CASES[case]
     for affine in (True, False):
-        given = operands(*CASES[case], layout, own, affine)
-        x, *rest = given
-        found = OPS.dense_block(*given, True)
-        eager = reference_dense.dense_block(*given, True)
-        exact = reference_dense.dense_block(*map(double, given), True)
-        names = ["features", "mean", "var", *(f"inner {i}" for i in range(2 * LAYERS))]
-        names += [f"bottleneck {i}" for i in range(LAYERS)]
-        for name, result, plain, wanted in zip(names, found, eager, exact, strict=True):
-            assert result.dtype == plain.dtype
-            assert result.stride() == plain.stride()
-            assert_as_good_as_eager(name, result, plain, wanted, magnitude(wanted))
-        assert len(OPS.dense_block(*given, False)) == len(found) - LAYERS
-
-        grad = torch.randn(found[0].shape).to(x).contiguous(memory_format=LAYOUTS[layout])
-        arguments = (grad, eager, *rest, True)
-        found = OPS.dense_block_backward(*arguments)
-        plain = reference_dense.dense_block_backward(*arguments)
-        wanted = reference_dense.dense_block_backward(*map(double, arguments))
-        terms = (magnitude(grad.double()) * grad[:, 0].numel()) ** 0.5
-        for index, (result, a, b) in enumerate(zip(found, plain, wanted, strict=True)):
-            assert result.dtype == a.dtype
-            assert_as_good_as_eager(f"gradient {index}", result, a, b, magnitude(b) + terms)
-        assert found[0].stride() == x.stride()
-        without = OPS.dense_block_backward(*arguments[:-1], False)
-        assert without[0].numel() == 0
-        assert all(torch.equal(a, b) for a, b in zip(without[1:], found[1:], strict=True))
+        runs = Runs()
+        for seed in SEEDS if torch.bfloat16 in dtypes else SEEDS[:1]:
+            run_ops(operands(*dtypes, layout, own, affine, seed), layout, runs)
+        runs.assert_as_good_as_eager()
 
 
 def test_gradients_that_are_no_maps_of_their_own():

@@ -12,7 +12,7 @@ import preact
 from preact import reference_units
 from preact.backends import cpp
 
-from .tolerances import assert_as_good_as_eager
+from .tolerances import Runs
 
 OPS = torch.ops.preact
 
@@ -39,10 +39,17 @@ WIDE_BOTTLENECK = ((80, 72, 1), (72, 72, 3), (72, 80, 1))
 
 
 def operands(
-    dtype=torch.float32, weight_dtype=None, affine=True, own=True, units=1, layers=BASIC, batch=4
+    dtype=torch.float32,
+    weight_dtype=None,
+    affine=True,
+    own=True,
+    units=1,
+    layers=BASIC,
+    batch=4,
+    seed=0,
 ):
     """Arguments of the forward for units of ``layers``: channels, outputs, size of the kernel."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     x = torch.randn(batch, layers[0][0], 6, 7).to(dtype).to(memory_format=torch.channels_last)
     mean, var = OPS.batch_norm_stats(x)
     parameters, geometries = [], []
@@ -112,15 +119,19 @@ def strides(tensor):
 @pytest.mark.parametrize("name", ["residual_units", "residual_units_backward"])
 def test_ops_equal_the_formulas(name, case):
     make = operands if name == "residual_units" else backward_operands
-    arguments = make(**CASES[case])
-    found = getattr(OPS, name)(*arguments)
-    eager = getattr(reference_units, name)(*arguments)
-    exact = getattr(reference_units, name)(*doubled(list(arguments)))
-    terms = max(float(result.abs().max()) for result in exact)
-    for index, (ours, theirs, reference) in enumerate(zip(found, eager, exact, strict=True)):
-        assert ours.dtype == theirs.dtype
-        assert strides(ours) == strides(theirs)
-        assert_as_good_as_eager(f"{name} {index}", ours, theirs, reference, terms)
+    options, runs = CASES[case], Runs()
+    # In bfloat16 a single run is by chance more than twice as far from float64 as eager's, or less.
+    for seed in range(9 if options.get("dtype") == torch.bfloat16 else 1):
+        arguments = make(**options, seed=seed)
+        found = getattr(OPS, name)(*arguments)
+        eager = getattr(reference_units, name)(*arguments)
+        exact = getattr(reference_units, name)(*doubled(list(arguments)))
+        terms = max(float(result.abs().max()) for result in exact)
+        for index, (ours, theirs, reference) in enumerate(zip(found, eager, exact, strict=True)):
+            assert ours.dtype == theirs.dtype
+            assert strides(ours) == strides(theirs)
+            runs.add(f"{name} {index}", ours, theirs, reference, terms)
+    runs.assert_as_good_as_eager()
 
 
 @pytest.mark.parametrize("layers", [BASIC, BOTTLENECK, WIDE_BOTTLENECK])

@@ -74,9 +74,12 @@ def test_written_limits_for_little_work_and_where_measuring_is_off(setting, cloc
     assert "by written limits" in plans.describe("cpu")
 
 
-@pytest.mark.parametrize("multiplies", [True, False])
-def test_bfloat16_is_ours_where_the_processor_does_not_multiply_it(multiplies, monkeypatch):
-    monkeypatch.setattr(cpp, "_multiplies_bfloat16", lambda: multiplies)
+@pytest.mark.parametrize(
+    ("kernels", "library"), [(True, True), (False, True), (False, False)], ids=str
+)
+def test_bfloat16_is_ours_where_the_processor_does_not_multiply_it(kernels, library, monkeypatch):
+    monkeypatch.setattr(cpp, "_multiplies_bfloat16", lambda: kernels)
+    monkeypatch.setattr(cpp, "_library_multiplies_bfloat16", lambda: library)
     monkeypatch.setenv("PREACT_TUNE", "off")
     for outs, channels, kernel, geometry, work in [
         (256, 256, 3, SAME, "backward"),
@@ -84,7 +87,9 @@ def test_bfloat16_is_ours_where_the_processor_does_not_multiply_it(multiplies, m
         (256, 64, 1, POINTWISE, "forward"),  # widens
     ]:
         x, weight = (t.bfloat16() for t in operands(outs, channels, kernel))
-        assert fuses(x, weight, geometry, work) is not multiplies
+        assert fuses(x, weight, geometry, work) is not library
+    x, weight = (t.bfloat16() for t in operands(32, 16))
+    assert fuses(x, weight) is not (library and not kernels)
 
 
 def test_what_was_measured_holds_for_processors_of_one_model_and_setting(monkeypatch):

@@ -68,7 +68,7 @@ inline void check_accumulated(const Tensor& tensor, const Tensor& like, const ch
                   " must have the shape and accumulation type of the map it belongs to");
 }
 
-// What goes into the forward beside input and weight, which are of one type.
+// What goes into the forward beside input and weight; the weight of a bfloat16 map may be float32.
 inline void check_conv2d_forward(const Tensor& input, const Conv2dShape& shape,
                                  const OptionalTensor& conv_bias, const OptionalTensor& residual) {
   if (conv_bias) {
@@ -80,7 +80,7 @@ inline void check_conv2d_forward(const Tensor& input, const Conv2dShape& shape,
   if (residual) check_result_like(*residual, shape, input, "residual");
 }
 
-// What goes into the backward beside input and weight, which are of one type.
+// What goes into the backward beside input and weight; the weight of a bfloat16 map may be float32.
 inline void check_conv2d_backward(const Tensor& grad_output, const Tensor& input,
                                   const Conv2dShape& shape, const OptionalTensor& grad_activation,
                                   const OptionalTensor& pending_input,

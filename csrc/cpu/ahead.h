@@ -87,3 +87,30 @@ class Ahead {
   int64_t bytes_ = 0, lines_ = 0, rate_ = 0, due_ = 0;
   const char *at_ = nullptr, *end_ = nullptr;
 };
+
+// What the block after this one of a backward will read and write.
+template <typename Task>
+Ahead block_after(const Task& task, int64_t block) {
+  const Conv2dShape& s = task.blocks.shape;
+  Ahead ahead;
+  if (block + 1 == s.batch) return ahead;
+  const int64_t in = s.in_h * s.in_w, out = s.out_h * s.out_w;
+  const auto add = [&](const auto* map, int64_t pixels, int64_t channels, int64_t stride) {
+    ahead.add(map ? map + (block + 1) * pixels * stride : nullptr, pixels, channels, stride);
+  };
+  add(task.input, in, s.in_channels, task.input_stride);
+  add(task.grad_output, out, s.out_channels, task.output_stride);
+  add(task.wide_grad, out, s.out_channels, task.output_stride);
+  add(task.pending_input, out, s.out_channels, task.output_stride);
+  add(task.pending_skip, out, s.out_channels, task.output_stride);
+  if (task.above) {
+    const int64_t channels = task.above->staged_grad.channels;
+    add(task.above->grad_output, out, channels, channels);
+    add(task.above->pending_input, out, channels, channels);
+  }
+  add(task.grad_activation, in, s.in_channels, task.input_stride);
+  add(task.grad_skip, in, s.in_channels, task.input_stride);
+  add(task.wide_skip, in, s.in_channels, task.input_stride);
+  add(task.grad_z, in, s.in_channels, task.input_stride);
+  return ahead;
+}

@@ -21,18 +21,12 @@ std::tuple<Tensor, Tensor> direct(const Tensor& input, const Affine<float>& affi
   if (task.winograd) {
     task.staged = stage_winograd_input(blocks);
     weights = scratch(Slot::weights, transformed_size(blocks));
-    with_weight_type_of<T>(conv_weight, [&](auto type) {
-      transform_weights<T>(data<decltype(type)>(conv_weight), weight_strides(conv_weight), blocks,
-                           false, weights);
-    });
+    transform_weights<T>(conv_weight, blocks, false, weights);
   } else {
     task.staged = stage_input(blocks);
     task.gather = forward_gather(blocks, task.staged);
     weights = scratch(Slot::weights, packed_size(blocks, blocks.taps()));
-    with_weight_type_of<T>(conv_weight, [&](auto type) {
-      pack_weights<T>(data<decltype(type)>(conv_weight), weight_strides(conv_weight), blocks,
-                      task.gather.kernel, false, weights);
-    });
+    pack_weights<T>(conv_weight, blocks, task.gather.kernel, false, weights);
   }
   Tensor mean = empty_vector(output), var = empty_vector(output);
   task.norm = direct_norm(affine);

@@ -20,10 +20,7 @@ void complete(const UnitAfter& after, DirectAbove<T>& above, DirectBackward<T>& 
   above.staged_grad = stage_grad_output(shape);
   above.gather = backward_gathers(shape, above.staged_grad)[0];
   float* const weights = scratch(Slot::weights_above, packed_size(shape, 1));
-  with_weight_type_of<T>(again.conv_weight, [&](auto type) {
-    pack_weights<T>(data<decltype(type)>(again.conv_weight), weight_strides(again.conv_weight),
-                    shape, above.gather.kernel, true, weights);
-  });
+  pack_weights<T>(again.conv_weight, shape, above.gather.kernel, true, weights);
   above.weights = weights;
   above.shift.assign(shape.in_channels, 0.0f);
   if (again.bias) {
@@ -52,10 +49,7 @@ void direct(DirectBackward<T> task, const Tensor& grad_output, const Tensor& inp
   if (task.winograd) {
     task.staged = stage_winograd_input(blocks);
     task.staged_grad = stage_winograd_grad_output(blocks);
-    with_weight_type_of<T>(conv_weight, [&](auto type) {
-      transform_weights<T>(data<decltype(type)>(conv_weight), weight_strides(conv_weight), blocks,
-                           true, weights);
-    });
+    transform_weights<T>(conv_weight, blocks, true, weights);
     task.weights.push_back(weights);
   } else {
     task.staged = stage_input(blocks);
@@ -64,10 +58,7 @@ void direct(DirectBackward<T> task, const Tensor& grad_output, const Tensor& inp
     task.phases = backward_gathers(blocks, task.staged_grad);
   }
   for (const Gather& phase : task.phases) {
-    with_weight_type_of<T>(conv_weight, [&](auto type) {
-      pack_weights<T>(data<decltype(type)>(conv_weight), weight_strides(conv_weight), blocks,
-                      phase.kernel, true, weights);
-    });
+    pack_weights<T>(conv_weight, blocks, phase.kernel, true, weights);
     task.weights.push_back(weights);
     weights += packed_size(blocks, static_cast<int64_t>(phase.taps.size()));
   }
@@ -97,20 +88,10 @@ void direct(DirectBackward<T> task, const Tensor& grad_output, const Tensor& inp
     }
   });
   write_norm_gradients(sum_dz, sum_dz_x, chunks.count, affine, found.grad_weight, found.grad_bias);
-  with_weight_type_of<T>(conv_weight, [&](auto type) {
+  with_element_type(conv_weight, [&](auto type) {
     unpack_weight_gradient(sums, chunks.count, weight_strides(found.grad_conv_weight), blocks,
                            mutable_data<decltype(type)>(found.grad_conv_weight));
   });
-}
-
-// Calls function with a value of the type of a map's elements.
-template <typename Function>
-void with_map_type(const Tensor& map, Function function) {
-  if (map.scalar_type() == ScalarType::Float) {
-    function(float{});
-  } else {
-    function(BFloat16{});
-  }
 }
 
 }  // namespace
@@ -151,7 +132,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_conv2d_backward(
     tiled_backward(gradient, input, affine, conv_weight, activation, std::nullopt, following, rows,
                    after, shape, found);
   } else {
-    with_map_type(input, [&](auto type) {
+    with_element_type(input, [&](auto type) {
       using T = decltype(type);
       DirectBackward<T> task{};
       task.grad_z = keeps_grad_z ? mutable_data<T>(found.grad_z) : nullptr;
@@ -221,7 +202,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_conv2d_backward_add(
     tiled_backward(grad_output, input, affine, conv_weight, std::nullopt, grad_skip, pending_input,
                    rows, std::nullopt, shape, found);
   } else {
-    with_map_type(input, [&](auto type) {
+    with_element_type(input, [&](auto type) {
       using T = decltype(type);
       DirectBackward<T> task{};
       if (grad_skip.scalar_type() == input.scalar_type()) {

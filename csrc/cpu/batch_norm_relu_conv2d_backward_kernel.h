@@ -122,34 +122,6 @@ void mask_rows(Pass pass, int64_t rows, int64_t channels, int64_t stride, float*
   }
 }
 
-// What the block after this one will read and write.
-template <typename T>
-Ahead block_after(const cpu::DirectBackward<T>& task, int64_t block) {
-  const Conv2dShape& s = task.blocks.shape;
-  Ahead ahead;
-  if (block + 1 == s.batch) return ahead;
-  const int64_t in = s.in_h * s.in_w, out = s.out_h * s.out_w;
-  const auto add = [&](const auto* map, int64_t pixels, int64_t channels, int64_t stride) {
-    ahead.add(map ? map + (block + 1) * pixels * stride : nullptr, pixels, channels, stride);
-  };
-  add(task.input, in, s.in_channels, task.input_stride);
-  for (const T* const map : {task.grad_output, task.pending_input, task.pending_skip}) {
-    add(map, out, s.out_channels, task.output_stride);
-  }
-  add(task.wide_grad, out, s.out_channels, task.output_stride);
-  if (task.above) {
-    const int64_t channels = task.above->staged_grad.channels;
-    add(task.above->grad_output, out, channels, channels);
-    add(task.above->pending_input, out, channels, channels);
-  }
-  const T* const grad_z = task.grad_z;
-  for (const T* const map : {task.grad_activation, task.grad_skip, grad_z}) {
-    add(map, in, s.in_channels, task.input_stride);
-  }
-  add(task.wide_skip, in, s.in_channels, task.input_stride);
-  return ahead;
-}
-
 // Multiplications of vectors that a block takes.
 template <typename T>
 int64_t block_work(const cpu::DirectBackward<T>& task, int64_t in_columns, int64_t out_columns) {

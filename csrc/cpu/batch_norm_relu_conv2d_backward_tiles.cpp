@@ -27,7 +27,7 @@ TileAbove compute_again(const UnitAfter& after, Conv2dShape shape) {
   TileGather gather(backward_gathers(shape, staged_grad)[0], shape.out_channels);
   auto* const weights = reinterpret_cast<BFloat16*>(
       scratch(Slot::weights_above, (packed_tiles(channels, gather) + 1) / 2));
-  with_weight_type(again.conv_weight, [&](auto type) {
+  with_element_type(again.conv_weight, [&](auto type) {
     pack_tiles(data<decltype(type)>(again.conv_weight), weight_strides(again.conv_weight), shape,
                gather, true, weights);
   });
@@ -101,7 +101,7 @@ void tiled_backward(const Tensor& grad_output, const Tensor& input, const Affine
   }
   BFloat16* weights = packed_scratch(packed);
   for (const TileGather& phase : task.phases) {
-    with_weight_type(conv_weight, [&](auto type) {
+    with_element_type(conv_weight, [&](auto type) {
       pack_tiles(data<decltype(type)>(conv_weight), weight_strides(conv_weight), blocks, phase,
                  true, weights);
     });
@@ -118,7 +118,7 @@ void tiled_backward(const Tensor& grad_output, const Tensor& input, const Affine
     run(task, chunks, begin, end, sum_dz.data(), sum_dz_x.data(), sums);
   });
   write_norm_gradients(sum_dz, sum_dz_x, chunks.count, affine, found.grad_weight, found.grad_bias);
-  with_weight_type(conv_weight, [&](auto type) {
+  with_element_type(conv_weight, [&](auto type) {
     unpack_weight_sums(sums, chunks.count, weight_strides(found.grad_conv_weight), blocks,
                        mutable_data<decltype(type)>(found.grad_conv_weight));
   });
@@ -129,7 +129,7 @@ void tiled_backward(const Tensor&, const Tensor&, const Affine<float>&, const Te
                     const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
                     const OptionalTensor&, const std::optional<UnitAfter>&, const Conv2dShape&,
                     const ConvGradients&) {
-  STD_TORCH_CHECK(false, "built without bfloat16 kernels");
+  STD_TORCH_CHECK(false, "built without products of bfloat16");
 }
 
 #endif

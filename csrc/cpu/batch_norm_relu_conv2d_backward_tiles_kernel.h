@@ -238,32 +238,6 @@ inline void stage_gradient(const cpu::TileBackward& task, const BackwardBuffers&
   write(TileCompleted<true>{computed, skip, completed, task.above->shift.data()});
 }
 
-// What the block after this one will read and write.
-inline Ahead block_after(const cpu::TileBackward& task, int64_t block) {
-  const Conv2dShape& s = task.blocks.shape;
-  Ahead ahead;
-  if (block + 1 == s.batch) return ahead;
-  const int64_t in = s.in_h * s.in_w, out = s.out_h * s.out_w;
-  const auto add = [&](const auto* map, int64_t pixels, int64_t channels, int64_t stride) {
-    ahead.add(map ? map + (block + 1) * pixels * stride : nullptr, pixels, channels, stride);
-  };
-  add(task.input, in, s.in_channels, task.input_stride);
-  add(task.grad_output, out, s.out_channels, task.output_stride);
-  add(task.wide_grad, out, s.out_channels, task.output_stride);
-  add(task.pending_input, out, s.out_channels, task.output_stride);
-  add(task.pending_skip, out, s.out_channels, task.output_stride);
-  if (task.above) {
-    const int64_t channels = task.above->staged_grad.channels;
-    add(task.above->grad_output, out, channels, channels);
-    add(task.above->pending_input, out, channels, channels);
-  }
-  add(task.grad_activation, in, s.in_channels, task.input_stride);
-  add(task.skip, in, s.in_channels, task.input_stride);
-  add(task.narrow_skip, in, s.in_channels, task.input_stride);
-  add(task.grad_z, in, s.in_channels, task.input_stride);
-  return ahead;
-}
-
 // Groups of tiles that a block's maps take.
 template <bool NARROW>
 int64_t block_work(const cpu::TileBackward& task, int64_t in_columns, int64_t out_columns) {
@@ -302,9 +276,9 @@ void backward_blocks(const cpu::TileBackward& task, const BackwardBuffers& buffe
                 {s.in_h, in_columns, s.in_channels, task.input_stride, s.in_w * task.input_stride,
                  task.staged.top, task.staged.left, s.stride_w},
                 paired, paired.pairs, buffers.pairs);
-    const BackwardEpilogue<NARROW, ADD> epilogue{activation, task.grad_activation, task.grad_z,
-                                                 task.skip,  task.narrow_skip,     task.total,
-                                                 &sums};
+    const BackwardEpilogue<NARROW, ADD> epilogue{
+        activation,     task.grad_activation, task.grad_z, task.wide_skip,
+        task.grad_skip, task.grad_input,      &sums};
     for (size_t i = 0; i < task.phases.size(); ++i) {
       const TileGather& phase = task.phases[i];
       // Only whole blocks have more than one phase.
@@ -343,7 +317,7 @@ inline void batch_norm_relu_conv2d_backward_tiles(const cpu::TileBackward& task,
   const Conv2dShape& s = task.blocks.shape;
   const BackwardBuffers buffers(task);
   const bool narrow = cpu::is_narrow(s.in_channels);
-  const auto run = task.total
+  const auto run = task.grad_input
                        ? (narrow ? &backward_blocks<true, true> : &backward_blocks<false, true>)
                        : (narrow ? &backward_blocks<true, false> : &backward_blocks<false, false>);
   for (int64_t chunk = begin; chunk < end; ++chunk) {

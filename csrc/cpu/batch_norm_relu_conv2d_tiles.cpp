@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor> tiled_forward(const Tensor& input, const Affine<float
                    pixel_stride(output)};
   if (bias) task.bias = tile_bias(data<BFloat16>(*bias), shape.out_channels);
   BFloat16* const weights = packed_scratch(packed_tiles(shape.out_channels, task.gather));
-  with_weight_type(conv_weight, [&](auto type) {
+  with_element_type(conv_weight, [&](auto type) {
     pack_tiles(data<decltype(type)>(conv_weight), weight_strides(conv_weight), blocks, task.gather,
                false, weights);
   });
@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor> tiled_forward(const Tensor& input, const Affine<float
 std::tuple<Tensor, Tensor> tiled_forward(const Tensor&, const Affine<float>&, const Tensor&,
                                          const OptionalTensor&, const OptionalTensor&,
                                          const Conv2dShape&, const Tensor&) {
-  STD_TORCH_CHECK(false, "built without bfloat16 kernels");
+  STD_TORCH_CHECK(false, "built without products of bfloat16");
 }
 
 #endif

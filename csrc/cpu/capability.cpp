@@ -11,19 +11,21 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #elif PREACT_X86
-#pragma message("preact: no bfloat16 kernels, they need Linux and GCC 11 or Clang 12")
+#pragma message("preact: no products of bfloat16, they need Linux and GCC 11 or Clang 12")
 #endif
 
 namespace preact {
 namespace {
 
-#if PREACT_TILES
-// Both suppose AVX-512.
+#if PREACT_X86
+// This and the next suppose AVX-512.
 bool detect_avx512_bf16() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   constexpr unsigned kBFloat16 = 1u << 5;
   return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & kBFloat16);
 }
+#endif
+#if PREACT_TILES
 bool detect_amx() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   constexpr unsigned kTileBFloat16 = 1u << 22, kTile = 1u << 24;
@@ -73,6 +75,15 @@ Capability capability() {
 }
 
 }  // namespace preact
+
+// Whether the processor multiplies bfloat16, whatever these kernels do.
+extern "C" __attribute__((visibility("default"))) int preact_processor_multiplies_bfloat16() {
+#if PREACT_X86
+  return __builtin_cpu_supports("avx512f") && preact::detect_avx512_bf16();
+#else
+  return 0;
+#endif
+}
 
 extern "C" __attribute__((visibility("default"))) const char* preact_cpu_capability() {
   switch (preact::capability()) {

@@ -28,10 +28,10 @@ struct Border {
 // A weight as a factor of a map of T.
 template <typename T, typename W>
 float operand_of(W weight) {
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    return bfloat16_to_float(as_bfloat16(weight).bits);
-  } else {
+  if constexpr (std::is_same_v<T, float> && std::is_same_v<W, float>) {
     return weight;
+  } else {
+    return bfloat16_to_float(as_bfloat16(weight).bits);
   }
 }
 
@@ -244,6 +244,7 @@ void unpack_weight_gradient(const float* sums, int64_t chunks, const WeightStrid
   template void pack_weights<T>(const W*, const WeightStrides&, const Conv2dShape&, \
                                 const std::vector<int64_t>&, bool, float*);
 PREACT_WEIGHTS(float, float)
+PREACT_WEIGHTS(float, BFloat16)
 PREACT_WEIGHTS(BFloat16, float)
 PREACT_WEIGHTS(BFloat16, BFloat16)
 #undef PREACT_WEIGHTS

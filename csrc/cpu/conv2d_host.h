@@ -60,23 +60,32 @@ const T* maybe_data(const OptionalTensor& tensor) {
   return tensor ? data<T>(*tensor) : nullptr;
 }
 
-// Calls function with a value of the type of the weight's elements.
+// Calls function with a value of the tensor's element type.
 template <typename Function>
-void with_weight_type(const Tensor& weight, Function function) {
-  if (weight.scalar_type() == ScalarType::Float) {
+void with_element_type(const Tensor& tensor, Function function) {
+  if (tensor.scalar_type() == ScalarType::Float) {
     function(float{});
   } else {
     function(BFloat16{});
   }
 }
-// The same for maps of T: the weight of a float map is float.
-template <typename T, typename Function>
-void with_weight_type_of(const Tensor& weight, Function function) {
-  if constexpr (std::is_same_v<T, float>) {
-    function(float{});
-  } else {
-    with_weight_type(weight, function);
-  }
+
+// The weight for maps of T, packed for the direct convolution or for Winograd's.
+template <typename T>
+void pack_weights(const Tensor& weight, const Conv2dShape& shape,
+                  const std::vector<int64_t>& kernel, bool transposed, float* packed) {
+  with_element_type(weight, [&](auto type) {
+    pack_weights<T>(data<decltype(type)>(weight), weight_strides(weight), shape, kernel, transposed,
+                    packed);
+  });
+}
+template <typename T>
+void transform_weights(const Tensor& weight, const Conv2dShape& shape, bool transposed,
+                       float* transformed) {
+  with_element_type(weight, [&](auto type) {
+    transform_weights<T>(data<decltype(type)>(weight), weight_strides(weight), shape, transposed,
+                         transformed);
+  });
 }
 
 struct ConvGradients {

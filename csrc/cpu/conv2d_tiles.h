@@ -1,5 +1,5 @@
-// The bfloat16 convolutions, whose products are those of tiles: in tile registers or in vectors.
-// Included by kernels of the levels that multiply bfloat16.
+// The bfloat16 convolutions by tiles, in tile registers or in vectors, of processors that multiply
+// bfloat16. Included by kernels of those levels.
 
 #include "cpu/ahead.h"
 

@@ -1,8 +1,8 @@
-// The bfloat16 convolutions' side of the ops of the fused convolution.
+// The convolutions by tiles as the ops of the fused convolution see them.
 #pragma once
 
-#include "cpu/conv2d_bfloat16.h"
 #include "cpu/conv2d_host.h"
+#include "cpu/conv2d_tiles_layout.h"
 #include "cpu/ops.h"
 
 namespace preact::cpu {

@@ -1,4 +1,4 @@
-// Staging for the bfloat16 convolutions. Included like conv2d_tiles.h.
+// Staging for the convolutions by tiles. Included like conv2d_tiles.h.
 //
 // A source makes of 32 elements what is staged: get(lane) loads the per-channel values of 32 lanes,
 // value(values, at) reads its maps where `at` says.

@@ -131,6 +131,7 @@ void transform_weight_gradient(const float* transformed, const Conv2dShape& s, f
   template void transform_weights<T>(const W*, const WeightStrides&, const Conv2dShape&, bool, \
                                      float*);
 PREACT_WEIGHTS(float, float)
+PREACT_WEIGHTS(float, BFloat16)
 PREACT_WEIGHTS(BFloat16, float)
 PREACT_WEIGHTS(BFloat16, BFloat16)
 #undef PREACT_WEIGHTS

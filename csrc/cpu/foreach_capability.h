@@ -16,7 +16,7 @@
 #include "common/feature_map.h"
 #include "common/moments.h"
 #include "cpu/capability.h"
-#include "cpu/conv2d_bfloat16.h"
+#include "cpu/conv2d_tiles_layout.h"
 #include "cpu/conv2d_winograd.h"
 #include "cpu/element.h"
 #include "cpu/pool2d.h"

@@ -1,4 +1,4 @@
-#include "cpu/conv2d_bfloat16.h"
+#include "cpu/conv2d_tiles_layout.h"
 
 #include <algorithm>
 #include <numeric>

@@ -1,4 +1,4 @@
-// How the bfloat16 convolutions lay out what they read: shared by kernels and host code.
+// How the convolutions by tiles lay out what they read: shared by kernels and host code.
 #pragma once
 
 #include <cstdint>
@@ -133,9 +133,9 @@ struct TileBackward {
   BFloat16* completed;              // their sum; may be grad_output or pending_skip
   const TileAbove* above;           // computes grad_output, or null
   BFloat16* grad_z;                 // null where only its sums are wanted, or where
-  const float* skip;                // scale * grad_z is added to this instead:
-  const BFloat16* narrow_skip;      // in its place, where it is not float
-  float* total;                     // their sum; may be skip
+  const float* wide_skip;           // scale * grad_z is added to this instead, or,
+  const BFloat16* grad_skip;        // where it is not float, to this:
+  float* grad_input;                // their sum; may be wide_skip
   int64_t input_stride;             // between pixels of input and all gradients like it
   int64_t output_stride;            // between pixels of grad_output and pending_input
 };
