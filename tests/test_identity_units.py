@@ -39,15 +39,9 @@ WIDE_BOTTLENECK = ((80, 72, 1), (72, 72, 3), (72, 80, 1))
 
 
 def operands(
-    dtype=torch.float32,
-    weight_dtype=None,
-    affine=True,
-    own=True,
-    units=1,
-    layers=BASIC,
-    batch=4,
+    dtype=torch.float32, weight_dtype=None, affine=True, own=True, units=1, layers=BASIC, batch=4,
     seed=0,
-):
+):  # fmt: skip
     """Arguments of the forward for units of ``layers``: channels, outputs, size of the kernel."""
     torch.manual_seed(seed)
     x = torch.randn(batch, layers[0][0], 6, 7).to(dtype).to(memory_format=torch.channels_last)
