@@ -63,6 +63,10 @@ ISSUE_SHARE = {
 }
 """By compute capability and whether a tile serves the taps of a row: forward, backward to the
 input, to the weight, to the input with a pending gradient; 1 where not named."""
+# Up to where each step of backward to the input forms a pending gradient itself: steps that meet an
+# element of it, and products for each element that moves. Nowhere in benchmarks/LIMITS.md does a
+# loop then issue, or move through shared memory, for longer than it waits for memory.
+MOST_MEETS, MOST_PRODUCTS = 3, 60
 
 
 class Kernel(NamedTuple):
@@ -79,6 +83,9 @@ class Kernel(NamedTuple):
     """Which of our convolutions it is, an index into ``ISSUE_SHARE``; -1 for any other kernel."""
     by_rows: bool = False
     """Whether a tile of ours serves the taps of a row."""
+    returned: int = 0
+    """Elements that a program loads again which it has just stored: by the letter a pass more, but
+    of a cache, so that neither ``elements`` nor the time has them."""
 
     @property
     def passes(self) -> int:
@@ -113,6 +120,16 @@ class Layer(NamedTuple):
     products: int
     by_rows: bool = False
     """Whether it is three taps wide with stride 1, as our kernels by rows take it."""
+    meets: int = 1
+    """Steps of backward to the input that meet an element of the gradient."""
+
+    @property
+    def forms_at_steps(self) -> bool:
+        """Whether each of these steps forms its part of a pending gradient, where nothing is
+        measured; else it is formed once and stored, and loaded from there."""
+        if self.meets > (MOST_MEETS if self.output <= self.input else 1):
+            return False
+        return self.products <= MOST_PRODUCTS * (3 * self.output + 2 * self.input)
 
 
 def layer(
@@ -132,7 +149,8 @@ def layer(
     output = batch * outs * pixels
     products = output * group_in * math.prod(kernel)
     by_rows = kernel[-1] == 3 and stride[-1] == 1
-    return Layer(math.prod(input_shape), output, math.prod(weight_shape), products, by_rows)
+    meets = math.prod(kernel[:-1] if by_rows else kernel)
+    return Layer(math.prod(input_shape), output, math.prod(weight_shape), products, by_rows, meets)
 
 
 def library_forward(layer: Layer, statistics: bool = True, adds: bool = False) -> list[Kernel]:
@@ -177,7 +195,7 @@ def own_backward(
     layer: Layer, skip: bool = False, pending: bool = False, leaves: bool = False
 ) -> list[Kernel]:
     """Both gradients by our kernels; ``pending``: formed from dz and the following norm's input,
-    by the first of them for both.
+    by the first of them for both, which loads what it stored where no step forms it.
 
     ``leaves``: this layer's own norm is left to the convolution before it.
     """
@@ -185,8 +203,11 @@ def own_backward(
     reads, writes = ((y, y, x), (x, y)) if pending else ((y, x), (x,))
     name = "batch_norm_relu_conv2d_backward"
     products = (layer.products, layer.weights)
+    returned = y if pending and not layer.forms_at_steps else 0
     found = [
-        Kernel(f"{name}_input", reads, writes, *products, 3 if pending else 1, layer.by_rows),
+        Kernel(
+            f"{name}_input", reads, writes, *products, 3 if pending else 1, layer.by_rows, returned
+        ),
         Kernel(f"{name}_weight", (y, x), (), *products, 2, layer.by_rows),
     ]
     return found if leaves else [*found, apply(layer.input, skip)]

@@ -133,6 +133,18 @@ def test_issuing_limits_no_loop() -> None:
     assert report.issue_limited() == {}
 
 
+def test_steps_form_a_gradient_where_they_wait_for_memory() -> None:
+    """What each step forms unmeasured costs no time: the bytes of the maps take longer than it
+    issues and than shared memory moves it. Both ways are there to be measured."""
+    forming = [row for row in report.rows() if row["at_steps"]]
+    assert {row["arch"] for row in forming if row["default"]} == set(map(str, ARCHITECTURES))
+    assert any(not row["default"] for row in forming)
+    for row in forming:
+        of = limits(row)
+        if row["default"]:
+            assert max(of.issue, of.shared) <= max(of.memory, of.matrix), report.name_of(row)
+
+
 def test_a_loop_that_issues_for_longer_is_found(monkeypatch) -> None:
     row = next(row for row in report.rows() if row["default"])
     longer = {**row, "loop_instructions": 100 * int(row["loop_instructions"])}
@@ -195,7 +207,7 @@ def test_clocks_of_a_matrix_unit(arch, instruction, count, block, clocks) -> Non
         "arch": arch, "warps": 8, "kernel": "batch_norm_relu_conv2d_rows", "dtype": "bfloat16",
         "tensor_core_instruction": instruction, "block": block, "loop_products": 3 * m * n * k,
         "loop_tensor_core": count, "loop_instructions": 100, "forming_instructions": "",
-        "loop_shared_bytes": 0, "maps": "3x3 64->64",
+        "loop_shared_bytes": 0, "maps": "3x3 64->64", "at_steps": "",
     }  # fmt: skip
     found = limits(row)
     assert found.matrix == clocks
@@ -204,8 +216,10 @@ def test_clocks_of_a_matrix_unit(arch, instruction, count, block, clocks) -> Non
     assert twice.matrix == 2 * clocks
 
 
-def test_the_loop_that_stores_a_pending_gradient_counts() -> None:
-    row = next(r for r in report.rows() if r["forming_instructions"])
+@pytest.mark.parametrize("at_steps", ["", "yes"])
+def test_the_loop_that_stores_a_pending_gradient_counts(at_steps: str) -> None:
+    rows = (r for r in report.rows() if r["forming_instructions"])
+    row = next(r for r in rows if r["at_steps"] == at_steps)
     without = limits({**row, "forming_instructions": ""})
     assert limits(row).issue > without.issue
 

@@ -12,8 +12,8 @@ import triton.language as tl
 
 from ._epilogue import store_masked_with_sums, store_with_statistics
 from ._packed import activate
+from ._pending import form_gradient, load_gradient
 from ._prologue import (
-    form_gradient,
     in_range,
     load_masked,
     load_prepared_norm,
@@ -183,6 +183,7 @@ def batch_norm_relu_conv2d_backward_input_rows_kernel(
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     PENDING: tl.constexpr,
+    AT_STEPS: tl.constexpr,  # each step forms what is pending, and it is stored for others alone
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_GRAD_ACTIVATION: tl.constexpr,
@@ -224,15 +225,20 @@ def batch_norm_relu_conv2d_backward_input_rows_kernel(
 
     own = (lane >= dilation_w) & (lane < BLOCK_M - dilation_w) & (row < rows) & (h < height)
     if PENDING:
-        first = row_tile * results - dilation_w
-        last = tl.where(taps_h > 0, first + BLOCK_M, 0)
+        if AT_STEPS:
+            stores = (tl.program_id(0) % column_tiles == 0) & (residue_h == 0)
+            first = row_tile * results
+            last = tl.where(stores, first + results, 0)
+        else:
+            first = row_tile * results - dilation_w
+            last = tl.where(taps_h > 0, first + BLOCK_M + tl.maximum(base_h, 0) * out_width, 0)
+            first += tl.minimum(base_h - (taps_h - 1) * back_h, 0) * out_width
         form_gradient(
-            grad_ptr, pending_ptr, coefficients_ptr, formed_ptr,
-            first + tl.minimum(base_h - (taps_h - 1) * back_h, 0) * out_width,
-            last + tl.maximum(base_h, 0) * out_width,
+            grad_ptr, pending_ptr, coefficients_ptr, formed_ptr, first, last,
             rows, group, group_out, out_channels, CODE, EVEN, FORM_M, FORM_K,
         )  # fmt: skip
-        grad_ptr = formed_ptr
+        if not AT_STEPS:
+            grad_ptr = formed_ptr
 
     left = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     middle = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -256,9 +262,10 @@ def batch_norm_relu_conv2d_backward_input_rows_kernel(
                 tile = 0
                 offsets = (corner + up.to(tl.int64) * out_width * out_channels)[:, None]
                 offsets += out_channel[None, :]
-            grad = load_masked(
-                grad_ptr + tile + offsets, inside[:, None], out_mask, EVEN
-            )  # [BLOCK_M, BLOCK_K]
+            grad = load_gradient(
+                grad_ptr, pending_ptr, coefficients_ptr, tile, offsets, inside,
+                group * group_out + out_channel, out_channels, out_mask, AT_STEPS, CODE, EVEN,
+            )  # [BLOCK_M, BLOCK_K]  # fmt: skip
             tap = first_h + (tap_h + kernel_row) * period_h
             left_taps = load_taps(taps, tap * 3, group_in, mask)  # [BLOCK_K, BLOCK_N]
             middle_taps = load_taps(taps, tap * 3 + 1, group_in, mask)

@@ -50,6 +50,13 @@ def _multiplied(to: _Pair, by: _Pair, plus: _Pair, paired: bool) -> str:
     return " ".join(f"fma.rn.f32 {r}, {r}, {b}, {p};" for r, b, p in zip(to, by, plus, strict=True))
 
 
+def _kept(low: str, high: str) -> str:
+    """The result: ``c``, where the masks are set. Where both are of one row, which a compiler sees,
+    that is its word as it is."""
+    halves = f"mov.b32 {{l, _}}, {low}; mov.b32 {{_, h}}, {high}; mov.b32 d, {{l, h}};"
+    return f"{halves} and.b32 $0, c, d;"
+
+
 def _code(*parts: str) -> str:
     return " ".join(("{", _REGISTERS, *parts, "}"))
 
@@ -71,13 +78,13 @@ def activation_code(dtype: torch.dtype, capability: int) -> str:
         _centred(("a", "b"), "$1", ("$2", "$3"), half, paired),
         _multiplied(("a", "b"), ("$4", "$5"), ("$6", "$7"), paired),
         f"cvt.rn.relu.{half}x2.f32 c, b, a;",
-        # Where both are of one row, which a compiler sees, that is its word as it is.
-        "mov.b32 {l, _}, $8; mov.b32 {_, h}, $9; mov.b32 d, {l, h}; and.b32 $0, c, d;",
+        _kept("$8", "$9"),
     )
 
 
 def gradient_code(dtype: torch.dtype, capability: int) -> str:
-    """Of ``form``: two gradients and values, scale, slope, centre and offset of two channels."""
+    """Of ``form``: two gradients and values, scale, slope, centre and offset of two channels, a
+    mask of each."""
     kind = _kind(dtype, capability)
     if kind is None:
         return ""
@@ -87,7 +94,8 @@ def gradient_code(dtype: torch.dtype, capability: int) -> str:
         _multiplied(("a", "b"), ("$5", "$6"), ("$9", "$10"), paired),
         _widened(("c", "d"), "$1", half),
         _multiplied(("c", "d"), ("$3", "$4"), ("a", "b"), paired),
-        f"cvt.rn.{half}x2.f32 $0, d, c;",
+        f"cvt.rn.{half}x2.f32 c, d, c;",
+        _kept("$11", "$12"),
     )
 
 
@@ -111,14 +119,19 @@ def activate(values, mean, scale, bias, inside, PADDED: tl.constexpr, CODE: tl.c
 
 
 @triton.jit
-def form(grad, x, scale, slope, centre, offset, CODE: tl.constexpr):
-    """``scale * grad + slope * (x - centre) + offset`` in the type of ``grad``."""
+def form(grad, x, scale, slope, centre, offset, inside, PADDED: tl.constexpr, CODE: tl.constexpr):
+    """``scale * grad + slope * (x - centre) + offset`` in the type of ``grad``; nought where not
+    ``inside``, as both maps are there, as may be where PADDED."""
     if CODE == "":
         rest = slope * (x.to(tl.float32) - centre) + offset
+        if PADDED:
+            # A factor takes half the instructions of selecting.
+            rest *= tl.where(inside, 1.0, 0.0)
         formed = (scale * grad.to(tl.float32) + rest).to(grad.dtype)
     else:
+        kept = tl.where(inside | (not PADDED), -1, 0)
         formed = tl.inline_asm_elementwise(
-            CODE, "=r,r,r,f,f,f,f,f,f,f,f", [grad, x, scale, slope, centre, offset],
+            CODE, "=r,r,r,f,f,f,f,f,f,f,f,r,r", [grad, x, scale, slope, centre, offset, kept],
             dtype=grad.dtype, is_pure=True, pack=2,
         )  # fmt: skip
     return formed

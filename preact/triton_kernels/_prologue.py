@@ -1,4 +1,4 @@
-"""What the convolutions share: normalising a tile, forming a pending gradient, and the launch."""
+"""What the convolutions share: normalising a tile, and the launch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from ._packed import form
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _SCALE_BLOCK = 128
@@ -103,68 +102,6 @@ def load_masked(pointers, row_mask, column_mask, EVEN: tl.constexpr):
 
 
 @triton.jit
-def load_coefficients(coefficients_ptr, channel, channels, mask):
-    """``[4, channels]`` of a pending gradient, for a tile whose columns are channels."""
-    row = coefficients_ptr + channel
-    scale = tl.load(row, mask, other=0.0)
-    slope = tl.load(row + channels, mask, other=0.0)
-    centre = tl.load(row + 2 * channels, mask, other=0.0)
-    offset = tl.load(row + 3 * channels, mask, other=0.0)
-    return scale[None, :], slope[None, :], centre[None, :], offset[None, :]
-
-
-@triton.jit
-def form_gradient(
-    grad_ptr,
-    pending_ptr,
-    coefficients_ptr,
-    formed_ptr,
-    first,  # of the positions that the program reads
-    last,
-    positions,  # N * P * Q, at least FORM_M
-    group,
-    group_out,
-    out_channels,
-    CODE: tl.constexpr,
-    EVEN: tl.constexpr,
-    FORM_M: tl.constexpr,
-    FORM_K: tl.constexpr,
-):
-    """Forms a pending gradient where the program will read it, for it and for the next kernel.
-
-    Once, instead of at every tap that meets it. Neighbours form what they share too, and store the
-    same there: no program waits for another.
-    """
-    first = tl.maximum(first, 0)
-    last = tl.minimum(last, positions)
-    inner = tl.arange(0, FORM_K)
-    in_tile = tl.arange(0, FORM_M)[:, None] * out_channels + inner[None, :]
-    for block in range(0, group_out, FORM_K):
-        channel = block + inner
-        mask = in_range(channel, group_out, EVEN)
-        scale, slope, centre, offset = load_coefficients(
-            coefficients_ptr, group * group_out + channel, out_channels, mask
-        )
-        for position in range(first, last, FORM_M):
-            # The last tile overlaps the one before it: a mask of rows takes more instructions.
-            begin = tl.maximum(tl.minimum(position, last - FORM_M), 0)
-            tile = tl.cast(begin, tl.int64) * out_channels + group * group_out + block
-            if EVEN:
-                grad = tl.load(grad_ptr + tile + in_tile)  # [FORM_M, FORM_K]
-                x = tl.load(pending_ptr + tile + in_tile)
-            else:
-                grad = tl.load(grad_ptr + tile + in_tile, mask[None, :])
-                x = tl.load(pending_ptr + tile + in_tile, mask[None, :])
-            formed = form(grad, x, scale, slope, centre, offset, CODE)
-            if EVEN:
-                tl.store(formed_ptr + tile + in_tile, formed)
-            else:
-                tl.store(formed_ptr + tile + in_tile, formed, mask[None, :])
-    # What one thread stored another will load.
-    tl.debug_barrier()
-
-
-@triton.jit
 def residue_taps(residue, kernel, stride, padding, dilation, period):
     """First tap that reaches pixels of ``residue``, and how many do: every ``period``-th."""
     first = kernel
@@ -188,6 +125,9 @@ class Config(NamedTuple):
     """Rows of the kernel that one step of the sum takes: 1, or all at once."""
     pixels: int = 1
     """Pixels side by side in one row of the weight's sum, where a tile serves all taps: 2, or 1."""
+    at_steps: int = 0
+    """Whether each step of the sum forms what it takes of a pending gradient: 1, or 0 where it is
+    formed once, stored and loaded from there."""
 
 
 class Sizes(NamedTuple):

@@ -16,22 +16,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import costs, reference, tuning
 from .. import device as devices
-from .. import reference, tuning
 from ._conv2d_rows import batch_norm_relu_conv2d_backward_input_rows_kernel
 from ._epilogue import store_masked_with_sums
 from ._maps import check_like, check_vectors
 from ._packed import gradient_code
 from ._partials import merge_sums
+from ._pending import form_gradient, load_gradient, with_forming
 from ._prologue import (
     Config,
     channels_last,
     float32_precision,
-    form_gradient,
     in_range,
     lies_flat,
     like_layout,
-    load_masked,
     product_configs,
     residue_taps,
     rows_apply,
@@ -78,6 +77,7 @@ def batch_norm_relu_conv2d_backward_input_kernel(
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     PENDING: tl.constexpr,
+    AT_STEPS: tl.constexpr,  # each step forms what is pending, and it is stored for others alone
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_GRAD_ACTIVATION: tl.constexpr,
@@ -121,15 +121,21 @@ def batch_norm_relu_conv2d_backward_input_kernel(
     inner = tl.arange(0, BLOCK_K)
 
     if PENDING:
-        lowest = (base_h - (taps_h - 1) * back_h) * out_width + base_w - (taps_w - 1) * back_w
         first = row_tile * BLOCK_M
-        last = tl.where(taps_h * taps_w > 0, first + BLOCK_M, 0)
+        if AT_STEPS:
+            stores = (tl.program_id(0) % column_tiles == 0) & (tl.program_id(2) == 0)
+            last = tl.where(stores, first + BLOCK_M, 0)
+        else:
+            lowest = (base_h - (taps_h - 1) * back_h) * out_width + base_w - (taps_w - 1) * back_w
+            highest = tl.maximum(base_h * out_width + base_w, 0)
+            last = tl.where(taps_h * taps_w > 0, first + BLOCK_M + highest, 0)
+            first += tl.minimum(lowest, 0)
         form_gradient(
-            grad_ptr, pending_ptr, coefficients_ptr, formed_ptr,
-            first + tl.minimum(lowest, 0), last + tl.maximum(base_h * out_width + base_w, 0),
+            grad_ptr, pending_ptr, coefficients_ptr, formed_ptr, first, last,
             rows, group, group_out, out_channels, CODE, EVEN, FORM_M, FORM_K,
         )  # fmt: skip
-        grad_ptr = formed_ptr
+        if not AT_STEPS:
+            grad_ptr = formed_ptr
 
     # Which taps reach a pixel, a bit each: a test costs a third of comparing.
     BITS: tl.constexpr = TAPS <= 31
@@ -167,9 +173,10 @@ def batch_norm_relu_conv2d_backward_input_kernel(
             tile = 0
             shift = (up.to(tl.int64) * out_width + left) * out_channels
             offsets = (corner + shift)[:, None] + out_channel[None, :]
-        grad = load_masked(
-            grad_ptr + tile + offsets, inside[:, None], out_mask, EVEN
-        )  # [BLOCK_M, BLOCK_K]
+        grad = load_gradient(
+            grad_ptr, pending_ptr, coefficients_ptr, tile, offsets, inside,
+            group * group_out + out_channel, out_channels, out_mask, AT_STEPS, CODE, EVEN,
+        )  # [BLOCK_M, BLOCK_K]  # fmt: skip
         tap = (first_h + tap_h * period_h) * KERNEL_W + first_w + tap_w * period_w
         taps = tl.load(
             conv_weight_ptr + (block * TAPS + tap) * group_in + in_filters,
@@ -260,6 +267,7 @@ def batch_norm_relu_conv2d_backward_input(
             grad, pending, coefficients, source, mean, var, weight, bias, filters, formed, added,
             grad_z, partial, rows, class_height, class_width, *size, *stride, *padding, *dilation,
             *periods, eps, KERNEL_H=kernel[0], KERNEL_W=kernel[1], PENDING=pending is not None,
+            AT_STEPS=pending is not None and config.at_steps > 0,
             HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
             HAS_GRAD_ACTIVATION=added is not None,
             PRECISION=precision, CODE=code, KERNEL_ROWS=config.kernel_rows if stride[0] == 1 else 1,
@@ -280,6 +288,9 @@ def batch_norm_relu_conv2d_backward_input(
         size.group_in, size.group_out, by_rows * kernel[0], input.dtype, precision, capability,
         gradient=True,
     )  # fmt: skip
+    if pending is not None and precision != "ieee":
+        layer = costs.layer(input.shape, conv_weight.shape, stride, padding, dilation)
+        choices = with_forming(choices, size, layer, input.dtype, capability)
     op = "batch_norm_relu_conv2d_backward_input"
     config = tuning.select(op, key, choices, launch, input.device)
     sums = merge_sums(launch(config), size.channels, mean.dtype)

@@ -86,10 +86,10 @@ class Limits(NamedTuple):
 def floor(row: Mapping[str, object]) -> float:
     """Clocks that issuing a step takes at least, by what the prologue's arithmetic is made of.
 
-    Of the packed prologues' assembly, the elements of the tile that is normalised, or formed once
-    for all taps; of every 16 bytes of a tile, one instruction to fetch them and one for their
-    address; of what passes through registers, one to read or to store them. Loops, masks, barriers
-    and matrix instructions come on top.
+    Of the packed prologues' assembly, the elements of the tile that is normalised, or formed at
+    each step or once for all taps; of every 16 bytes of a tile, one instruction to fetch them and
+    one for their address; of what passes through registers, one to read or to store them. Loops,
+    masks, barriers and matrix instructions come on top.
     """
     arch, kernel = int(str(row["arch"])), str(row["kernel"])
     block_m, block_n, block_k = map(int, str(row["block"]).split("x"))
@@ -107,12 +107,18 @@ def floor(row: Mapping[str, object]) -> float:
         through = 2 * prologue
     elif "input" in kernel:
         case = parsed(str(row["maps"]))
-        steps = case.kernel * (1 if kernel.endswith("_rows") else case.kernel) / rows
-        prologue = block_m * block_k * case.stride**2 / steps
         # widen, subtract, multiply and add twice, round
         each = (3.5 if paired else 5.5) if half else (1.5 if paired else 3.0)
-        # Two maps of it are read and one stored; then the product takes it as it is.
-        others, through = 2 * prologue + block_m * block_k * rows + block_n * block_k * taps, 0
+        if row["at_steps"]:
+            # and clear; two maps pass through registers
+            each += 0.5 if half else 1.0
+            prologue = block_m * block_k * rows
+            others, through = prologue + block_n * block_k * taps, 2 * prologue
+        else:
+            steps = case.kernel * (1 if kernel.endswith("_rows") else case.kernel) / rows
+            prologue = block_m * block_k * case.stride**2 / steps
+            # Two maps of it are read and one stored; then the product takes it as it is.
+            others, through = 2 * prologue + block_m * block_k * rows + block_n * block_k * taps, 0
     else:
         prologue, others = block_m * block_k * rows, block_n * block_k * taps
         through = 2 * prologue

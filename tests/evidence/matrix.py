@@ -86,6 +86,7 @@ def row(case: Case, launch: Launch, binary: Binary, default: bool = True) -> dic
         "dtype": str(case.dtype).removeprefix("torch."),
         "product": case.precision if "BLOCK_M" in bound and not is_product else "",
         "default": "yes" if default else "",
+        "at_steps": "yes" if bound.get("AT_STEPS") else "",
         "block": blocks,
         "warps": binary.num_warps,
         "stages": launch.options().get("num_stages", ""),
@@ -136,7 +137,7 @@ def _forming(binary: Binary, bound: dict[str, Any]) -> str:
     found = [count * block / stores for stores, count in loops if stores]
     assert found, f"no loop of {binary.name} stores a map"
     by_rows = "_rows_" in binary.name
-    turns = steps = 0
+    turns = steps = 0.0
     for residue in itertools.product(range(bound["stride_h"]), range(bound["stride_w"])):
         high, wide = (
             _shifts(*(bound[f"{of}_{axis}"] for of in ("stride", "padding", "dilation", "period")),
@@ -147,7 +148,12 @@ def _forming(binary: Binary, bound: dict[str, Any]) -> str:
             continue
         shifts = {h * bound["out_width"] + (0 if by_rows else w) for h in high for w in wide}
         reach = bound["BLOCK_M"] + max(shifts | {0}) - min(shifts | {0})
-        turns += -(-reach // bound["FORM_M"]) * -(-bound["group_out"] // bound["FORM_K"])
+        share = 1.0
+        if bound["AT_STEPS"]:
+            # The first column of tiles of the first class alone stores, and what is its own.
+            reach = bound["BLOCK_M"] - (2 * bound["dilation_w"] if by_rows else 0)
+            share = 0.0 if any(residue) else 1 / -(-bound["group_in"] // bound["BLOCK_N"])
+        turns += share * -(-reach // bound["FORM_M"]) * -(-bound["group_out"] // bound["FORM_K"])
         taps = len(high) * (1 if by_rows else len(wide)) // bound["KERNEL_ROWS"]
         steps += taps * -(-bound["group_out"] // bound["BLOCK_K"])
     return f"{min(found) * turns / steps:.1f}"

@@ -18,7 +18,10 @@ _HEAD = """# What limits the Triton convolutions
 Counted from machine code, nothing measured: `tests/evidence/limits.py` says how, and from which
 documents the rates are. Clocks of a multiprocessor for one step of the main loop of what runs where
 nothing is measured; `issue` in bold where it takes longer than multiplying and than the bytes of
-maps and weights, and `floor` is the least that issuing could take.
+maps and weights, and `floor` is the least that issuing could take. Backward to the input has a
+pending gradient: with `+forms` each step forms what it takes of it; else it is formed once, stored
+and loaded from there, one pass more if loads from a cache count (`python -m benchmarks traffic`).
+Each step forms it where the layer's maps take longer than issuing that.
 """
 _COLUMNS = (
     "| kernel | layer | type | tile, warps | matrix | issue | shared | memory | floor | limit |"
@@ -34,7 +37,8 @@ def rows() -> list[dict[str, str]]:
 def name_of(row: dict[str, str]) -> str:
     kernel = row["kernel"].removeprefix("batch_norm_relu_conv2d").removeprefix("_backward")
     parts = {"": "forward", "_rows": "forward_rows"}
-    return f"sm_{row['arch']} {parts.get(kernel, kernel[1:])} {row['maps']} {row['dtype']}"
+    forms = "+forms" if row["at_steps"] else ""
+    return f"sm_{row['arch']} {parts.get(kernel, kernel[1:])}{forms} {row['maps']} {row['dtype']}"
 
 
 def issue_limited() -> dict[str, tuple[float, float]]:

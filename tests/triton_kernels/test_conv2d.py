@@ -144,6 +144,12 @@ FORWARD = [
     *((whole_kernels(case), case, torch.float32, True) for case in ROW_CASES.values()),
     *((config, CASES["3x3"], dtype, False) for config in (SMALL, ROWS) for dtype in DTYPES[1:]),
 ]
+# Steps that form a pending gradient: tiles as those that form it before them.
+FORMING = [
+    *((SMALL._replace(at_steps=1), case) for case in CASES.values()),
+    *((ROWS._replace(at_steps=1), case) for case in ROW_CASES.values()),
+    *((whole_kernels(case)._replace(at_steps=1), case) for case in ROW_CASES.values()),
+]
 # Whether the gradient is pending, and whether other users of the activation contribute.
 BACKWARD = [
     *((SMALL, c, torch.float32, i % 2 == 0, i % 3 == 0) for i, c in enumerate(CASES.values())),
@@ -155,6 +161,9 @@ BACKWARD = [
     (ROWS, CASES["3x3"], torch.bfloat16, False, True),
     (PAIRS, CASES["3x3"], torch.bfloat16, False, False),
     (ROWS, CASES["3x3"], torch.float16, True, False),
+    *((config, case, torch.float32, True, i % 2 == 0) for i, (config, case) in enumerate(FORMING)),
+    (ROWS._replace(at_steps=1), CASES["3x3"], torch.bfloat16, True, False),
+    (SMALL._replace(at_steps=1), CASES["groups"], torch.float16, True, False),
 ]
 
 
@@ -205,9 +214,29 @@ def test_backward(config, case, dtype, pending, added, device, tiles):
     assert found[3].stride() == reference.preserve_layout(found[3], given.conv_weight).stride()
 
 
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        *((SMALL, name) for name in ("3x3", "groups", "1x1", "1x1 stride 2")),
+        *((ROWS, name) for name in ("3x3", "groups")),
+    ],
+)
+def test_a_gradient_formed_at_each_step_is_the_one_formed_once(config, name, device, tiles):
+    given = sample(CASES[name], torch.bfloat16, device)
+    arguments = (given.grad, given.x, *given.vectors, 1e-5, given.conv_weight, None)
+    found = []
+    for at_steps in (0, 1):
+        tiles[:] = [config._replace(at_steps=at_steps)]
+        found.append(
+            OPS.batch_norm_relu_conv2d_backward(*arguments, *given.geometry, *given.pending)
+        )
+    for once, steps in zip(*found, strict=True):
+        assert torch.equal(once, steps)
+
+
 @pytest.mark.skipif(not interpreter.ACTIVE, reason="a GPU runs that code in every test")
 @pytest.mark.parametrize("dtype", DTYPES[1:])
-@pytest.mark.parametrize("config", [SMALL, ROWS])
+@pytest.mark.parametrize("config", [SMALL, ROWS, ROWS._replace(at_steps=1)])
 @pytest.mark.parametrize("arch", [90, 100])
 def test_the_packed_code(arch, config, dtype, device, tiles):
     """What a GPU of that architecture is given instead of the arithmetic written out."""

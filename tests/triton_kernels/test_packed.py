@@ -57,9 +57,10 @@ def test_activation(dtype, arch, inside):
         assert not torch.signbit(result[result == 0]).any()
 
 
+@pytest.mark.parametrize("inside", [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("arch", [80, 90, 100, 120])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_gradient(dtype, arch):
+def test_gradient(dtype, arch, inside):
     pair = torch.tensor(VALUES, dtype=dtype), torch.tensor(VALUES[::-1], dtype=dtype)
     values = pair[::-1]
     vectors = [torch.linspace(low, low + 2, len(VALUES)) for low in (0.5, -1, -2, 3)]
@@ -67,10 +68,12 @@ def test_gradient(dtype, arch):
     with ptx.executed(arch):
         code = _packed.gradient_code(dtype, arch)
     operands = [bits(v) for v in vectors for _ in range(2)]
-    found = run(code, word(*pair), word(*values), *operands)
-    for grad, x, result in zip(pair, values, halves(found, dtype), strict=True):
+    masks = [np.full(len(VALUES), 0xFFFFFFFF if of else 0, np.uint64) for of in inside]
+    found = run(code, word(*pair), word(*values), *operands, *masks)
+    for grad, x, result, kept in zip(pair, values, halves(found, dtype), inside, strict=True):
         inner = ((x.float() - centre).double() * slope.double() + offset.double()).float()
         wanted = (grad.double() * scale.double() + inner.double()).float().to(dtype)
+        wanted = wanted if kept else torch.zeros_like(grad)
         torch.testing.assert_close(result, wanted, rtol=0, atol=0, equal_nan=True)
 
 
