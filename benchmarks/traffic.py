@@ -32,7 +32,11 @@ def units(batch: int, channels: int, size: int) -> dict[str, list[costs.Layer]]:
 def table(
     layers: list[costs.Layer], gpu: costs.Gpu, itemsize: int, tf32: bool = True
 ) -> list[dict[str, float | str]]:
-    """A row for each plan; ``passes`` in maps of the unit's input, saved maps likewise."""
+    """A row for each plan; passes in maps of the unit's input, saved maps likewise.
+
+    ``passes`` are by the letter, all that is loaded and all that is stored; ``memory`` leaves out
+    what a program loads that it has itself just stored, as do the bytes and the time.
+    """
     rows: list[dict[str, float | str]] = []
     whole = layers[0].input
     for plan in PLANS:
@@ -41,9 +45,10 @@ def table(
         rows.append(
             {
                 "plan": plan,
-                "forward": sum(k.elements for k in forward) / whole,
-                "backward": sum(k.elements for k in backward) / whole,
-                "passes": sum(k.elements for k in every) / whole,
+                "forward": sum(k.elements + k.returned for k in forward) / whole,
+                "backward": sum(k.elements + k.returned for k in backward) / whole,
+                "passes": sum(k.elements + k.returned for k in every) / whole,
+                "memory": sum(k.elements for k in every) / whole,
                 "saved": costs.saved_maps(plan, layers) / whole,
                 "megabytes": sum(k.bytes(itemsize) for k in every) / 1e6,
                 "gigaoperations": sum(k.operations for k in every) / 1e9,
@@ -68,12 +73,15 @@ def traffic(gpu: str, batch_size: int, channels: int, size: int, dtype: str) -> 
         f" {size} x {size}, {dtype}, training.\n"
         f"A kernel takes the longer of its bytes at {costs.MEMORY_SHARE:.0%} of"
         f" {device.bandwidth / 1e9:.0f} GB/s and its products at {costs.PRODUCT_SHARE:.0%} of the"
-        f" peak (ours: less, by issued instructions), and {costs.LAUNCH * 1e6:.0f} us to launch."
+        f" peak (ours: less, by issued instructions), and {costs.LAUNCH * 1e6:.0f} us to launch.\n"
+        "passes: all that is loaded and all that is stored, by the letter. memory: without what a"
+        " program\nloads again that it has itself just stored, which a cache still has; MB and"
+        " time are of these."
     )
     for name, layers in units(batch_size, channels, size).items():
         click.echo(f"\n{name}, identity shortcut; passes and saved in maps of the unit's input")
         click.echo(
-            f"{'plan':6}{'forward':>9}{'backward':>10}{'passes':>8}{'saved':>7}{'MB':>9}"
+            f"{'plan':6}{'forward':>9}{'backward':>10}{'passes':>8}{'memory':>8}{'saved':>7}{'MB':>9}"
             f"{'GFLOP':>9}{'kernels':>9}{'predicted us':>14}{'of eager':>10}"
         )
         rows = table(layers, device, ITEMSIZES[dtype])
@@ -82,6 +90,7 @@ def traffic(gpu: str, batch_size: int, channels: int, size: int, dtype: str) -> 
             microseconds = float(row["microseconds"])
             click.echo(
                 f"{row['plan']:6}{row['forward']:9.4g}{row['backward']:10.4g}{row['passes']:8.4g}"
-                f"{row['saved']:7.4g}{row['megabytes']:9.0f}{row['gigaoperations']:9.0f}"
+                f"{row['memory']:8.4g}{row['saved']:7.4g}{row['megabytes']:9.0f}"
+                f"{row['gigaoperations']:9.0f}"
                 f"{row['kernels']:9}{microseconds:14.0f}{microseconds / eager:10.2f}"
             )

@@ -23,14 +23,22 @@ class Access:
     """Bytes of an element."""
     loaded: np.ndarray = field(repr=False)
     stored: np.ndarray = field(repr=False)
-    """How often each element was, loads of what the program itself stored before left out."""
+    """How often each element was."""
     owner: np.ndarray = field(repr=False)
     """The program that last stored it, or -1."""
+    fetched: np.ndarray = field(repr=False)
+    """Whether some load met what the launch had not stored itself."""
 
     @property
     def loads(self) -> int:
-        """Distinct bytes loaded: what has to come from memory if the caches are large enough."""
+        """Distinct bytes loaded, whoever stored them: the letter."""
         return int(np.count_nonzero(self.loaded)) * self.size
+
+    @property
+    def returned(self) -> int:
+        """Of these, those that only the program loads which stored them just before: they are in a
+        cache still, unless it is smaller than what a program reads."""
+        return int(np.count_nonzero((self.loaded > 0) & ~self.fetched)) * self.size
 
     @property
     def stores(self) -> int:
@@ -84,7 +92,8 @@ class _Counter:
             span = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
             size = value.element_size()
             loaded, stored = (np.zeros(span, dtype=np.int32) for _ in range(2))
-            access = Access(size, loaded, stored, np.full(span, -1, dtype=np.int64))
+            owner, fetched = np.full(span, -1, dtype=np.int64), np.zeros(span, dtype=bool)
+            access = Access(size, loaded, stored, owner, fetched)
             tensors[name] = access
             self.ranges.append((start, start + span * size, access))
         self.finished.append(Traffic(kernel, tensors))
@@ -106,7 +115,7 @@ class _Counter:
                     owner = access.owner[offsets]
                     others = (owner >= 0) & (owner != self.program)
                     assert not others.any(), "a program loads what another one stores"
-                    offsets = offsets[owner < 0]
+                    access.fetched[offsets[owner < 0]] = True
                 np.add.at(getattr(access, kind), offsets, 1)
                 return
         raise AssertionError(f"{kind}: an address outside every tensor of the kernel")
