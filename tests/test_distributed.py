@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,9 @@ def one_process(rank: int, folder: str) -> None:
     torch.save(results, f"{folder}/{rank}.pt")
     dist.barrier()  # lest one takes its connections down while the other still uses them
     dist.destroy_process_group()
+    # In one of some fifty runs a process ended by SIGABRT hereafter, "terminate called without an
+    # active exception", with threads of the group and the interpreter going at once.
+    os._exit(0)
 
 
 def test_two_processes_equal_one_at_twice_the_batch(tmp_path: Path) -> None:
