@@ -11,7 +11,7 @@ from preact import dense, reference, reference_dense, remembered
 from preact.backends import available
 from preact.functional import Conv, Norm
 
-from .tolerances import Runs, magnitude
+from .tolerances import Runs, magnitude, seeds
 
 pytestmark = pytest.mark.skipif(
     available()["cpp"] != "", reason=f"no native kernels: {available()['cpp']}"
@@ -56,10 +56,6 @@ CASES = {
 }
 
 
-SEEDS = range(9)
-"""In bfloat16 a single run is by chance up to 2.3 times as far from float64 as eager's, or less."""
-
-
 def run_ops(given, layout, runs):
     x, *rest = given
     found = OPS.dense_block(*given, True)
@@ -95,7 +91,7 @@ def test_ops_equal_their_formulas(case, layout, own):
     dtypes = CASES[case]
     for affine in (True, False):
         runs = Runs()
-        for seed in SEEDS if torch.bfloat16 in dtypes else SEEDS[:1]:
+        for seed in seeds(dtypes[0]):
             run_ops(operands(*dtypes, layout, own, affine, seed), layout, runs)
         runs.assert_as_good_as_eager()
 

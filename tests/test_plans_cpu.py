@@ -92,6 +92,22 @@ def test_bfloat16_is_ours_where_the_processor_does_not_multiply_it(kernels, libr
     assert fuses(x, weight) is not (library and not kernels)
 
 
+@pytest.mark.parametrize("names", [("ONEDNN",), ("DNNL",), ("ONEDNN", "DNNL")], ids=str)
+def test_a_lowered_library_multiplies_no_bfloat16(names, monkeypatch):
+    for name in ("ONEDNN", "DNNL"):
+        monkeypatch.delenv(f"{name}_MAX_CPU_ISA", raising=False)
+    decide = cpp._decide_library_bfloat16.__wrapped__
+    plain = decide()
+    for name in names:
+        monkeypatch.setenv(f"{name}_MAX_CPU_ISA", "")
+    assert decide() is plain
+    for isa in ("avx2", "AVX512_CORE"):
+        monkeypatch.setenv(f"{names[-1]}_MAX_CPU_ISA", isa)
+        assert not decide()
+    monkeypatch.setenv(f"{names[-1]}_MAX_CPU_ISA", "ALL")
+    assert decide() is plain
+
+
 def test_what_was_measured_holds_for_processors_of_one_model_and_setting(monkeypatch):
     cpu = torch.device("cpu")
     for name in device._INSTRUCTION_SETS:

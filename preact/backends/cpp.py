@@ -111,14 +111,15 @@ def _multiplies_bfloat16() -> bool:
     return _decide_bfloat16()
 
 
-# What oneDNN may be lowered to that has none.
+# What oneDNN may be lowered to that has none; it takes either case, and the first variable that is
+# not empty.
 _ISA_WITHOUT_BFLOAT16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")
 
 
 @functools.cache
 def _decide_library_bfloat16() -> bool:
-    isa = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", ""))
-    return isa not in _ISA_WITHOUT_BFLOAT16 and bool(
+    isa = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA", "")
+    return isa.upper() not in _ISA_WITHOUT_BFLOAT16 and bool(
         ctypes.CDLL(str(native_path())).preact_processor_multiplies_bfloat16()
     )
 
