@@ -14,7 +14,8 @@ import triton.language as tl
 
 from .. import costs
 from ._packed import form
-from ._prologue import TENSOR_MEMORY, Config, Sizes, in_range, load_masked
+from ._prologue import Config, Sizes, in_range, load_masked
+from ._tiles import TENSOR_MEMORY
 
 
 @triton.jit
@@ -118,7 +119,8 @@ def with_forming(
     """
     once, *others = choices
     even = size.group_in % once.block_n == 0 and size.group_out % once.block_k == 0
-    if not even or layer.meets > costs.MOST_MEETS or (dtype, once.block_n) == (torch.float32, 16):
+    few = dtype == torch.float32 and 16 in (once.block_n, once.block_k)
+    if not even or few or layer.meets > costs.MOST_MEETS:
         return choices
     forming = once._replace(at_steps=1)
     if capability in TENSOR_MEMORY and dtype != torch.float32 and once.block_n >= 64:
@@ -128,5 +130,7 @@ def with_forming(
             forming = forming._replace(block_k=min(once.block_k, most), warps=warps)
         elif wide or once.block_k < 64:
             forming = forming._replace(block_m=64, warps=8 if wide else 4)
+    if capability in TENSOR_MEMORY and dtype == torch.float32 and once.block_n >= 64:
+        forming = forming._replace(block_m=min(forming.block_m, 128))
     first, second = (forming, once) if layer.forms_at_steps else (once, forming)
     return (first, second, *others)

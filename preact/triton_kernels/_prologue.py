@@ -181,15 +181,6 @@ def sizes(
     )  # fmt: skip
 
 
-WARP_GROUP = (90, 100, 103)
-"""Compute capabilities whose matrix instructions take operands from shared memory."""
-
-TENSOR_MEMORY = (100, 103)
-"""Compute capabilities whose matrix instructions leave the result in memory of its own."""
-
-LITTLE_SHARED = (86, 89, 120, 121)
-"""Compute capabilities with 99 KiB of shared memory for a block: no room for a third stage."""
-
 MOST_ROW_DILATION = 4
 """A tile of 128 rows loses twice the dilation of them to its neighbours."""
 
@@ -210,86 +201,12 @@ def lies_flat(size: Sizes, stride: Sequence[int]) -> bool:
     )
 
 
-def product_configs(
-    columns: int,
-    inner: int,
-    kernel_rows: int,
-    dtype: torch.dtype,
-    precision: str,
-    capability: int,
-    gradient: bool = False,
-) -> tuple[Config, ...]:
-    """Tiles worth trying for forward and dgrad, the one to take unmeasured first.
-
-    ``columns`` and ``inner`` are channels of a group: of the result, of the sum; ``kernel_rows`` is
-    0 where a tile cannot serve the taps of a row. A ``gradient``'s tiles are multiplied as they are
-    loaded, an activation's pass through registers. Three accumulators want the large tile of a
-    warp-group's instructions, whose results or operands need no registers of all warps; elsewhere
-    a smaller one keeps them from spilling.
-    """
-    block_n, block_k = tile_size(columns, 128), tile_size(inner, 64)
-    if dtype == torch.float32:
-        block_n, block_k = min(block_n, 64), min(block_k, 32)
-        if precision == "ieee":
-            # ptxas spills 8 bytes of 64 rows on some architectures, in backward of 32.
-            rows = 64 if gradient or capability in WARP_GROUP else 32
-            return (Config(rows, min(block_n, 32), 16, 4, 2),)
-    if capability in TENSOR_MEMORY:
-        return _tensor_memory_configs(block_n, block_k, kernel_rows > 0, dtype, gradient)
-    stages = 2 if capability in LITTLE_SHARED else 3
-    each_tap: tuple[Config, ...] = (
-        Config(128, block_n, block_k, 4 if block_n <= 32 else 8, stages),
-        Config(64, block_n, block_k, 4 if block_n <= 64 or capability in WARP_GROUP else 8, stages),
-    )
-    if block_n > 64 and (capability in LITTLE_SHARED or (gradient and capability in WARP_GROUP)):
-        # ptxas spills some bytes of the wide tile with many rows, and on sm_120 with few warps.
-        each_tap = (
-            Config(64, block_n, block_k, 4 if capability in WARP_GROUP else 8, stages),
-            Config(128, 64, block_k, 8, stages),
-        )
-    if capability in (86, 89) and dtype == torch.float32:
-        each_tap = each_tap[1:]  # 8 bytes of the larger tile are spilled there
-    if not kernel_rows:
-        return each_tap
-    narrow = min(block_n, 64)
-    if capability in WARP_GROUP:
-        most = 64 // dtype.itemsize if gradient else 64
-        return (Config(128, narrow, min(block_k, 32, most), 8, 2, 3, kernel_rows), *each_tap)
-    # Eight warps would multiply a tile of 64 rows twice.
-    return (Config(64, narrow, min(block_k, 32), 4, 3, row_taps=3), *each_tap)
-
-
-def _tensor_memory_configs(
-    block_n: int, block_k: int, by_rows: bool, dtype: torch.dtype, gradient: bool
-) -> tuple[Config, ...]:
-    """As few warps, each with as many elements of the prologue, as their registers allow: what a
-    step takes besides, every warp issues. What backward ends with takes the most registers."""
-    elements = (32 if gradient else 64) * 2 // dtype.itemsize
-    warps = 8 if block_n > 64 or (block_n == 64 and gradient) else 4
-    threads = 32 * warps
-    block_m = 256 if block_n <= 32 and 256 * block_k <= elements * threads else 128
-    block_k = min(block_k, elements * threads // block_m)
-    if block_n > 64 and gradient:
-        block_k = min(block_k, 32)  # ptxas spills 32 bytes of twice that, or 40
-    each_tap = (
-        Config(block_m, block_n, block_k, 8 if block_n > 64 and gradient else 4, 3),
-        Config(64, block_n, block_k, 4 if gradient and block_n <= 64 else 8, 3),
-    )
-    by_row = Config(block_m, block_n, block_k, warps, 2, row_taps=3)
-    return (by_row, *each_tap) if by_rows else each_tap
-
-
 def float32_precision(dtype: torch.dtype) -> str:
     """How ``tl.dot`` multiplies: as the user lets cuDNN, for float32; else it plays no part."""
     if dtype != torch.float32:
         return "tf32"
     cudnn: Any = torch.backends.cudnn  # whose annotations lack conv
     return "tf32" if cudnn.conv.fp32_precision == "tf32" else "ieee"
-
-
-def tile_size(extent: int, most: int) -> int:
-    """The power of two that covers ``extent``, from ``tl.dot``'s least size to ``most``."""
-    return min(max(triton.next_power_of_2(extent), 16), most)
 
 
 def shape_class(rows: int, sizes: Sizes, *rest: object) -> str:

@@ -28,11 +28,11 @@ from ._prologue import (
     load_masked,
     load_prepared_norm,
     norm_scale,
-    product_configs,
     rows_apply,
     shape_class,
     sizes,
 )
+from ._tiles import product_configs
 
 
 @triton.jit
@@ -206,8 +206,9 @@ def batch_norm_relu_conv2d(
     by_rows = rows_apply(kernel, stride, padding, dilation) and precision != "ieee"
     key = shape_class(rows, size, kernel, stride, by_rows, input.dtype, precision)
     choices = product_configs(
-        size.group_out, size.group_in, by_rows * kernel[0], input.dtype, precision, capability
-    )
+        size.group_out, size.group_in, kernel[0] * kernel[1], by_rows * kernel[0], input.dtype,
+        precision, capability,
+    )  # fmt: skip
     config = tuning.select("batch_norm_relu_conv2d", key, choices, launch, input.device)
     partial, rows_per_tile = launch(config)
     statistics = merge_moments(partial, rows, rows_per_tile)

@@ -31,12 +31,12 @@ from ._prologue import (
     in_range,
     lies_flat,
     like_layout,
-    product_configs,
     residue_taps,
     rows_apply,
     shape_class,
     sizes,
 )
+from ._tiles import product_configs
 
 
 @triton.jit
@@ -285,8 +285,8 @@ def batch_norm_relu_conv2d_backward_input(
         rows, size, kernel, stride, by_rows, pending is not None, input.dtype, precision
     )
     choices = product_configs(
-        size.group_in, size.group_out, by_rows * kernel[0], input.dtype, precision, capability,
-        gradient=True,
+        size.group_in, size.group_out, kernel[0] * kernel[1], by_rows * kernel[0], input.dtype,
+        precision, capability, gradient=True,
     )  # fmt: skip
     if pending is not None and precision != "ieee":
         layer = costs.layer(input.shape, conv_weight.shape, stride, padding, dilation)

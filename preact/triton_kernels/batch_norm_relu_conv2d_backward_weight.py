@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,9 +21,6 @@ from ._maps import check_vectors
 from ._packed import activate, activation_code
 from ._partials import TILES, merge_sums
 from ._prologue import (
-    LITTLE_SHARED,
-    TENSOR_MEMORY,
-    WARP_GROUP,
     Config,
     Sizes,
     channels_last,
@@ -34,8 +30,8 @@ from ._prologue import (
     rows_apply,
     shape_class,
     sizes,
-    tile_size,
 )
+from ._tiles import weight_configs
 
 _LEAST_STEPS = 8
 """Steps of the sum that a program takes at least, so that its partial result is worth writing."""
@@ -166,78 +162,6 @@ def pairs_apply(
     return stride[0] == 1 or (stride[0] == 2 and size[:2] == (2 * size[4], 2 * size[5]))
 
 
-def configs(
-    sizes: Sizes,
-    stride: int,
-    by_rows: bool,
-    by_pairs: bool,
-    dtype: torch.dtype,
-    precision: str,
-    capability: int,
-) -> tuple[Config, ...]:
-    """Tiles worth trying, the one to take unmeasured first; ``block_k`` counts rows of the sum."""
-    block_m, block_n = tile_size(sizes.group_out, 128), tile_size(sizes.group_in, 128)
-    block_k = 64
-    if dtype == torch.float32:
-        block_m, block_n, block_k = min(block_m, 64), min(block_n, 64), 32
-        if precision == "ieee":
-            return (Config(min(block_m, 32), min(block_n, 32), 16, 4, 2),)
-    narrow = min(block_n, 64)
-    stages = 3
-    if capability in LITTLE_SHARED:
-        block_m, stages = min(block_m, 64), 2
-    each_tap = (
-        Config(block_m, block_n, block_k, 4 if block_m * block_n <= 4096 else 8, stages),
-        Config(min(block_m, 64), narrow, block_k, 4, stages),
-    )
-    if by_pairs and stride == 2:
-        return (_strided_config(block_m, block_n, block_k // 2, capability), *each_tap)
-    if not by_rows:
-        return each_tap
-    # In float32 what is transposed moves by the element, and pairs have four times as many rows of
-    # it: where operands are registers, 32 rows as they are issue half as much with 64 columns.
-    own_rows = block_m == 32 and block_n == 64 and dtype == torch.float32
-    own_rows = own_rows and capability not in WARP_GROUP
-    if block_m <= 32 and by_pairs and not own_rows:
-        # Warps share 64 or 128 rows, where with one pixel's they would multiply the same.
-        columns = 2 * min(block_n, 64 // dtype.itemsize)
-        warps = 4 if block_m * columns <= 1024 or capability in TENSOR_MEMORY else 8
-        if capability in TENSOR_MEMORY and block_n * dtype.itemsize > 64:
-            # Results take no registers: twice the columns for the same gradient.
-            columns *= 2
-            warps = 8 if columns > 64 else 4
-        if capability in LITTLE_SHARED and dtype == torch.float32:
-            warps = 8  # ptxas spills 8 bytes of four on some architectures
-        # Operands in registers want fewer rows of the sum, what a step takes besides wants more.
-        pairs = 64 if capability in WARP_GROUP else 512 // block_m
-        if capability in TENSOR_MEMORY:
-            pairs = 2048 // block_m
-        pairs = max(pairs * block_k // 64, 16)
-        return (Config(4 * block_m, columns, pairs, warps, 2, pixels=2), *each_tap)
-    if capability in WARP_GROUP:
-        # A warp group multiplies 64 rows: a second one would share its columns, not its overhead.
-        # Where the result lies in tensor memory, one group has registers enough for twice the tile.
-        result, columns = 64 * 64, narrow
-        if capability in TENSOR_MEMORY:
-            result, columns = 128 * 64, block_n
-        warps = 4 if columns >= 64 and block_m * columns <= result else 8
-        return (Config(block_m, columns, block_k, warps, 2, row_taps=3), *each_tap)
-    block_k = 16 if dtype == torch.float32 and not own_rows else 32
-    # Eight warps would multiply a tile of 64 rows twice.
-    return (Config(min(block_m, 64), narrow, block_k, 4, 2, row_taps=3), *each_tap)
-
-
-def _strided_config(block_m: int, block_n: int, block_k: int, capability: int) -> Config:
-    """Three accumulators of as many channels as fit where the results lie."""
-    if capability in TENSOR_MEMORY:
-        return Config(2 * min(block_m, 64), 2 * min(block_n, 64), block_k, 4, 2, pixels=2)
-    if capability in WARP_GROUP:
-        return Config(2 * min(block_m, 64), 2 * min(block_n, 32), 2 * block_k, 8, 2, pixels=2)
-    # ptxas spills 8 bytes of more rows of the sum on sm_120.
-    rows, block_k = 2 * min(block_m, 64), 16 if capability in LITTLE_SHARED else block_k
-    return Config(rows, 2 * min(block_n, 32), block_k, 8 if rows > 64 else 4, 2, pixels=2)
-
-
 def batch_norm_relu_conv2d_backward_weight(
     grad_output: Tensor,
     input: Tensor,
@@ -314,7 +238,7 @@ def batch_norm_relu_conv2d_backward_weight(
     key = shape_class(
         lines * size.out_width, size, kernel, stride, by_rows, by_pairs, input.dtype, precision
     )
-    choices = configs(
+    choices = weight_configs(
         size, stride[0], by_rows, by_pairs, input.dtype, precision, properties.capability
     )
     op = "batch_norm_relu_conv2d_backward_weight"

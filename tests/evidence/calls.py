@@ -63,9 +63,15 @@ def parsed(text: str) -> Convolution:
 WIDE = (Convolution(3, 64, 128), Convolution(1, 64, 128))
 NARROWER = (Convolution(3, 16, 16), Convolution(3, 32, 32), Convolution(1, 64, 16))
 STRIDED = Convolution(3, 64, 128, 2)
+DENSE = Convolution(3, 128, 32)
+# Sums so long that a product waits for no map.
+LONGER = (
+    Convolution(3, 256, 256), Convolution(3, 256, 256, 2), Convolution(1, 992, 128),
+    Convolution(1, 1024, 256), Convolution(1, 256, 1024), Convolution(1, 2048, 512),
+)  # fmt: skip
 ALL_CONVOLUTIONS = (
     *WIDE, *NARROWER, Convolution(3, 64, 64), Convolution(1, 256, 64), Convolution(3, 128, 128),
-    STRIDED,
+    STRIDED, DENSE, Convolution(3, 32, 64, 2), Convolution(1, 16, 64), *LONGER,
 )  # fmt: skip
 
 

@@ -46,9 +46,9 @@ class Case(NamedTuple):
 
 def every_case(architectures: Sequence[int] = ARCHITECTURES) -> Iterator[Case]:
     convolutions = [
-        *((case, torch.bfloat16, "tf32") for case in calls.ALL_CONVOLUTIONS),
-        *((case, torch.float16, "tf32") for case in calls.WIDE),
-        *itertools.product(calls.WIDE, [torch.float32], ["tf32", "ieee"]),
+        *itertools.product(calls.ALL_CONVOLUTIONS, [torch.bfloat16, torch.float32], ["tf32"]),
+        *itertools.product(calls.WIDE, [torch.float16], ["tf32"]),
+        *itertools.product(calls.WIDE, [torch.float32], ["ieee"]),
     ]
     for arch in architectures:
         for dtype, layout in itertools.product((torch.float32, *HALF), (True, False)):

@@ -23,6 +23,7 @@ pending gradient: with `+forms` each step forms what it takes of it; else it is 
 and loaded from there, one pass more if loads from a cache count (`python -m benchmarks traffic`).
 Each step forms it where the layer's maps take longer than issuing that.
 """
+_LIMITS = ("matrix", "memory", "shared", "issue")
 _COLUMNS = (
     "| kernel | layer | type | tile, warps | matrix | issue | shared | memory | floor | limit |"
 )
@@ -53,8 +54,28 @@ def issue_limited() -> dict[str, tuple[float, float]]:
     return found
 
 
+def summary() -> Iterator[str]:
+    """How many loops each limit has, and those that issue for longer than they should."""
+    yield "\n| launched unmeasured | " + " | ".join(_LIMITS) + " |\n" + "|---" * 5 + "|"
+    for arch in ARCHITECTURES:
+        found = [limits(r).by for r in rows() if int(r["arch"]) == arch and r["default"]]
+        counts = " | ".join(str(found.count(limit)) for limit in _LIMITS)
+        yield f"| sm_{arch} | {counts} |"
+    yield (
+        "\nLoops that issue longer than they multiply or wait for memory, by how many times; where"
+        " shared\nmemory takes longer still, it is in the way first:\n"
+    )
+    yield "| loop | issue | shared |\n|---|---|---|"
+    for row in rows():
+        of = limits(row)
+        other = max(of.matrix, of.memory)
+        if row["default"] and of.issue > other:
+            yield f"| {name_of(row)} | {of.issue / other:.2f} | {of.shared / other:.2f} |"
+
+
 def lines() -> Iterator[str]:
     yield _HEAD.rstrip()
+    yield from summary()
     for arch in ARCHITECTURES:
         yield f"\n## sm_{arch}\n"
         yield _COLUMNS
