@@ -85,6 +85,12 @@ def test_the_written_default_of_narrow_layers_in_float32(arch: int) -> None:
         check(of, default_of(of))
 
 
+def test_the_written_default_with_idle_columns() -> None:
+    """A wide network's channels, which no tile divides."""
+    of = Case(100, "forward", calls.Convolution(3, 160, 160), torch.float32)
+    check(of, default_of(of))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_written_default_of_a_dense_blocks_layers(dtype: torch.dtype) -> None:
     """A forward product of 32 columns pays for little of what it normalises."""

@@ -161,7 +161,9 @@ def _tensor_memory_by_row(
         rows, block_n = (256, 64) if gradient else (128, 128)
         return Config(rows, block_n, block_k, 8, 2, row_taps=3)
     elements = (32 if gradient else 64) * 2 // dtype.itemsize
-    warps = 8 if block_n > 64 or (block_n == 64 and gradient) else 4
+    # ptxas spills 80 bytes of four warps where a tile has idle columns.
+    idle = dtype == torch.float32 and columns % block_n
+    warps = 8 if block_n > 64 or (block_n == 64 and (gradient or idle)) else 4
     rows = 256 if block_n <= 32 and 256 * block_k <= elements * 32 * warps else 128
     block_k = min(block_k, elements * 32 * warps // rows)
     if block_n > 64 and gradient:
