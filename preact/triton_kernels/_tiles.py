@@ -213,7 +213,9 @@ def weight_configs(
             result, columns = 128 * 64, block_n
         warps = 4 if columns >= 64 and block_m * columns <= result else 8
         return (Config(block_m, columns, block_k, warps, 2, row_taps=3), *each_tap)
-    block_k = 16 if single and not own_rows else 32
+    # ptxas spills up to 16 bytes of more rows of the sum with 16 columns.
+    few = (single and not own_rows) or (block_m >= 64 and block_n == 16)
+    block_k = 16 if few else 32
     # Eight warps would multiply a tile of 64 rows twice.
     return (Config(min(block_m, 64), min(block_n, 64), block_k, 4, 2, row_taps=3), *each_tap)
 
