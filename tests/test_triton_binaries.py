@@ -14,6 +14,10 @@ import torch
 pytest.importorskip("triton")
 
 from preact import costs
+from preact.triton_kernels.batch_norm_relu_conv2d import batch_norm_relu_conv2d
+from preact.triton_kernels.batch_norm_relu_conv2d_backward_input import (
+    batch_norm_relu_conv2d_backward_input,
+)
 from preact.triton_kernels.batch_norm_stats import batch_norm_stats
 
 from .evidence import calls, interpreter, launches, matrix, report
@@ -87,6 +91,29 @@ def test_the_written_default_of_narrow_layers_in_float32(arch: int) -> None:
     for case in (*calls.NARROWER[:2], calls.DENSE):
         of = Case(arch, "weight", case, torch.float32)
         check(of, default_of(of))
+
+
+@pytest.mark.parametrize("op", ["forward", "input"])
+@pytest.mark.parametrize(
+    ("arch", "dtype", "kernel_rows"),
+    [(90, torch.bfloat16, 7), (90, torch.float32, 5), (120, torch.bfloat16, 7)],
+)
+def test_the_written_default_of_tall_kernels(
+    arch: int, dtype: torch.dtype, kernel_rows: int, op: str
+) -> None:
+    """Three taps wide, and more rows than fit into shared memory at once."""
+    outs = 32 if arch == 120 else 64
+    x, out = (launches.meta(32, c, 28, 28, dtype=dtype) for c in (64, outs))
+    conv_weight = launches.meta(outs, 64, kernel_rows, 3, dtype=dtype)
+    prefix = (x, *(torch.empty(64, device="meta"),) * 4, 1e-5, conv_weight)
+    geometry = ((1, 1), (kernel_rows // 2, 1), (1, 1), 1)
+    run = {
+        "forward": lambda: batch_norm_relu_conv2d(*prefix, None, None, *geometry),
+        "input": lambda: batch_norm_relu_conv2d_backward_input(out, *prefix, *geometry),
+    }[op]
+    with calls.launched_for(arch):
+        (launch,) = (found for found in record(run) if "KERNEL_ROWS" in found.bound())
+    assert compile_launch(launch, arch).shared <= SHARED_LIMIT[arch] * 1024
 
 
 @counted

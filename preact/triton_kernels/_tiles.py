@@ -24,6 +24,10 @@ LONG_SUM = 512
 """Products of one result from which it takes longer to multiply than its maps to move."""
 
 
+MOST_ROWS_AT_ONCE = 3
+"""Rows of a kernel that one step takes: each has buffers in shared memory of its own."""
+
+
 def tile_size(extent: int, most: int) -> int:
     """The power of two that covers ``extent``, from ``tl.dot``'s least size to ``most``."""
     return min(max(triton.next_power_of_2(extent), 16), most)
@@ -62,7 +66,8 @@ def product_configs(
         by_row = _tensor_memory_by_row(columns, block_n, block_k, dtype, gradient)
     else:
         each_tap = _each_tap(block_n, block_k, dtype, capability, gradient)
-        by_row = _by_row(block_n, block_k, kernel_rows, dtype, capability, gradient)
+        at_once = kernel_rows if kernel_rows <= MOST_ROWS_AT_ONCE else 1
+        by_row = _by_row(block_n, block_k, at_once, dtype, capability, gradient)
     if kernel_rows:
         return (by_row, *each_tap)
     if inner * taps >= LONG_SUM and inner >= 64 and capability not in LITTLE_SHARED:
