@@ -18,7 +18,7 @@ from . import checks, identity_units, plans, remembered, serving
 from .arguments import Conv, Norm
 from .prefix import Affine, differentiable_backward, eager_prefix
 from .reference_units import NUMBERS, TENSORS, geometry_of
-from .running_stats import update_running_stats
+from .running_stats import running_statistics, update_running_stats
 
 DenseLayer = tuple[Norm, Conv, Norm, Conv]
 
@@ -179,7 +179,7 @@ def dense_block(input: Tensor, layers: Sequence[DenseLayer]) -> Tensor:
     eps: list[float] = []
     geometries: list[plans.Geometry] = []
     for norm, conv in _halves(layers):
-        known = (None, None) if norm.training else (norm.running_mean, norm.running_var)
+        known = (None, None) if norm.training else running_statistics(norm)
         parameters += (*known, norm.weight, norm.bias, conv.weight)
         eps.append(norm.eps)
         geometry = checks.geometry_of(conv)

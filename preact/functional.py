@@ -19,7 +19,7 @@ from .arguments import Norm as Norm
 from .arguments import Statistics as Statistics
 from .checks import geometry_of as geometry_of
 from .checks import output_shape as output_shape
-from .running_stats import update_running_stats
+from .running_stats import running_statistics, update_running_stats
 from .serving import (
     backend_for,
     eager_conv,
@@ -288,7 +288,7 @@ def residual_unit(
     for index, (norm, conv) in enumerate(layers):
         known: tuple[Tensor | None, Tensor | None] = first
         if index > 0:
-            known = (None, None) if norm.training else (norm.running_mean, norm.running_var)
+            known = (None, None) if norm.training else running_statistics(norm)
         parameters += [norm.weight, norm.bias, *known, *parameters_of(conv)]
     if projection is not None:
         parameters += parameters_of(projection)

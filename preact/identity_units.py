@@ -23,7 +23,7 @@ from .plans import Geometry
 from .prefix import differentiable_backward
 from .reference import memory_format_of
 from .reference_units import NUMBERS, TENSORS
-from .running_stats import update_running_stats
+from .running_stats import running_statistics, update_running_stats
 
 Layers = Sequence[tuple[Norm, Conv]]
 
@@ -106,7 +106,7 @@ def run(
     for index, (norm, conv) in enumerate(layers):
         vectors: tuple[Tensor | None, Tensor | None] = first
         if index > 0:
-            vectors = (None, None) if norm.training else (norm.running_mean, norm.running_var)
+            vectors = (None, None) if norm.training else running_statistics(norm)
         parameters += (*vectors, norm.weight, norm.bias, conv.weight)
     if settings.differentiable:
         output, *found = IdentityUnits.apply(input, settings, *parameters)

@@ -1,4 +1,5 @@
-"""Running statistics: the one way in which calls of this package bring them up to date."""
+"""Running statistics: the one way in which calls of this package read them and bring them up to
+date."""
 
 from __future__ import annotations
 
@@ -7,10 +8,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .arguments import Norm
+from .arguments import Norm, Statistics
 
 _MANY = 1 << 62
 """Of so many values the biased and the unbiased variance are the same number."""
+
+
+def running_statistics(norm: Norm) -> Statistics:
+    """What a norm in evaluation normalises by. Where a gradient may be asked for, copies: backward
+    is of what forward took, though a forward in training may have changed it since."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    if torch.is_grad_enabled():
+        return norm.running_mean.clone(), norm.running_var.clone()
+    return norm.running_mean, norm.running_var
 
 
 def update_running_stats(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import backends, checks, choice
 from .arguments import Conv, Norm, Statistics
+from .running_stats import running_statistics
 
 
 def parameters_of(conv: Conv) -> tuple[Tensor, Tensor | None]:
@@ -62,9 +63,7 @@ def statistics_of(
     backend: str, input: Tensor, norm: Norm, statistics: Statistics | None
 ) -> Statistics:
     if not norm.training:
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        return norm.running_mean, norm.running_var
+        return running_statistics(norm)
     if statistics is not None:
         return statistics
     mean, var = backends.table(backend).batch_norm_stats(input.detach())

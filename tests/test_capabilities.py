@@ -39,6 +39,7 @@ def run(files: list[str], *options: str, **environment: str) -> None:
         text=True,
     )
     assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
+    assert " passed" in result.stdout.splitlines()[-1], "nothing ran"
 
 
 @pytest.mark.skipif(available()["cpp"] != "", reason=f"no native kernels: {available()['cpp']}")

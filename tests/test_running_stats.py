@@ -71,3 +71,41 @@ def test_a_convolution_that_pads_otherwise_is_refused():
     with pytest.raises(ValueError, match="padding_mode"):
         unit(image(8))
     assert_same_buffers(unit, before)
+
+
+def prefixes() -> nn.Module:
+    return nn.Sequential(nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1))
+
+
+def stage() -> nn.Module:
+    return PreActStage(*(ResidualUnit(16, 16) for _ in range(3)))
+
+
+def dense() -> nn.Module:
+    torchvision = pytest.importorskip("torchvision")
+    return torchvision.models.densenet._DenseBlock(3, 16, 4, 8, 0.0)
+
+
+def value_of(model: nn.Module, x: Tensor) -> Tensor:
+    y = model(x)
+    return (y[0] if isinstance(y, tuple) else y).square().sum()
+
+
+@pytest.mark.parametrize("make", [prefixes, Widened, stage, dense])
+def test_training_in_between_leaves_the_gradient_of_evaluation(make) -> None:
+    """Backward is of the running statistics that forward took: eager takes those that a forward in
+    training has left since."""
+    torch.manual_seed(0)
+    model = make().to(memory_format=torch.channels_last)
+    model(image(8))  # so that the running statistics are no noughts and ones
+    preact.fuse_(model)
+    x = image(8)
+    apart, both = copy.deepcopy(model), copy.deepcopy(model)
+    expected = torch.zeros_like(x)
+    for training in (False, True):
+        (gradient,) = torch.autograd.grad(value_of(apart.train(training), x), x)
+        expected += gradient
+    evaluated = value_of(both.eval(), x)
+    trained = value_of(both.train(), x)
+    (found,) = torch.autograd.grad(evaluated + trained, x)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
