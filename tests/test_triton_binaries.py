@@ -127,13 +127,13 @@ def test_the_written_default_with_idle_columns() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_written_default_of_a_dense_blocks_layers(dtype: torch.dtype) -> None:
     """A forward product of 32 columns pays for little of what it normalises."""
-    times = {"forward": 1.5 if dtype == torch.bfloat16 else 1.12, "input": 0.65, "weight": 0.9}
+    times = {"forward": 1.5 if dtype == torch.bfloat16 else 1.12, "input": 0.65, "weight": 0.85}
     for op, most in times.items():
         case = Case(100, op, calls.DENSE, dtype)
         launch = default_of(case)
         found = limits(matrix.row(case, launch, check(case, launch)))
-        assert found.issue < most * max(found.matrix, found.memory), op
-        assert found.excess < 1.02, op
+        assert found.issued < most, op
+        assert found.excess < (1.02 if op == "forward" else 1), op
 
 
 @counted
@@ -199,10 +199,10 @@ smaller number was found: those that ``benchmarks/LIMITS.md`` lists."""
 
 def test_issuing_limits_only_what_is_known() -> None:
     """What runs where nothing is measured multiplies or waits for memory for as long as it issues,
-    or nearly; and but for two it waits for shared memory for longer still."""
+    or nearly; and but for two it waits for shared memory as long or longer."""
     found = report.issue_limited()
     assert found.keys() == EXCESS.keys()
-    for name, (times, least) in found.items():
+    for name, (times, least, _) in found.items():
         assert least < times <= EXCESS[name], name
     longest = {
         report.name_of(row): limits(row).excess
@@ -232,7 +232,7 @@ def test_a_loop_that_issues_for_longer_is_found(monkeypatch) -> None:
     row = next(row for row in report.rows() if row["default"])
     longer = {**row, "loop_instructions": 100 * int(row["loop_instructions"])}
     monkeypatch.setattr(report, "rows", lambda: [longer])
-    ((name, (times, least)),) = report.issue_limited().items()
+    ((name, (times, least, _)),) = report.issue_limited().items()
     assert name == report.name_of(row)
     assert times > 1 > least
 

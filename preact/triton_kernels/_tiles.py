@@ -23,7 +23,6 @@ LITTLE_SHARED = (86, 89, 120, 121)
 LONG_SUM = 512
 """Products of one result from which it takes longer to multiply than its maps to move."""
 
-
 MOST_ROWS_AT_ONCE = 3
 """Rows of a kernel that one step takes: each has buffers in shared memory of its own."""
 

@@ -78,6 +78,11 @@ class Limits(NamedTuple):
         return self.issue / max(self.matrix, self.shared, self.memory)
 
     @property
+    def issued(self) -> float:
+        """Issuing, over what takes longer of multiplying and waiting for memory."""
+        return self.issue / max(self.matrix, self.memory)
+
+    @property
     def share(self) -> float:
         """Of the peak rate of multiplying, where maps are at hand: what the cost model counts."""
         return self.useful / max(self.matrix, self.issue)

@@ -42,15 +42,15 @@ def name_of(row: dict[str, str]) -> str:
     return f"sm_{row['arch']} {parts.get(kernel, kernel[1:])}{forms} {row['maps']} {row['dtype']}"
 
 
-def issue_limited() -> dict[str, tuple[float, float]]:
-    """What issues longest of what runs unmeasured: how many times as long as it multiplies or waits
-    for memory, and how many times as long at least."""
+def issue_limited() -> dict[str, tuple[float, float, float]]:
+    """Of what runs unmeasured, what issues longer than it multiplies or waits for memory: by how
+    many times, by how many at least, and how many times as long shared memory takes."""
     found = {}
     for row in rows():
         of = limits(row)
-        other = max(of.matrix, of.memory)
-        if row["default"] and of.issue > other:
-            found[name_of(row)] = (of.issue / other, floor(row) / other)
+        if row["default"] and of.issued > 1:
+            each = of.issued / of.issue
+            found[name_of(row)] = (of.issued, floor(row) * each, of.shared * each)
     return found
 
 
@@ -66,11 +66,8 @@ def summary() -> Iterator[str]:
         " shared\nmemory takes longer still, it is in the way first:\n"
     )
     yield "| loop | issue | shared |\n|---|---|---|"
-    for row in rows():
-        of = limits(row)
-        other = max(of.matrix, of.memory)
-        if row["default"] and of.issue > other:
-            yield f"| {name_of(row)} | {of.issue / other:.2f} | {of.shared / other:.2f} |"
+    for name, (issued, _, shared) in issue_limited().items():
+        yield f"| {name} | {issued:.2f} | {shared:.2f} |"
 
 
 def lines() -> Iterator[str]:
@@ -86,7 +83,7 @@ def lines() -> Iterator[str]:
             of = limits(row)
             name = name_of(row).split()[1]
             issue = f"{of.issue:.0f}"
-            if of.issue > max(of.matrix, of.memory):
+            if of.issued > 1:
                 issue = f"**{issue}**"
             yield (
                 f"| {name} | {row['maps']} | {row['dtype']} | {row['block']}, {row['warps']} |"
