@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -13,13 +14,13 @@ from torch import Tensor
 import preact
 from preact import backends
 
-from . import hardware, timing
+from . import hardware, limits, timing
 from .choices import Choices
 from .records import Value, write_records
 from .report import wide_console
 from .workload import DTYPES
 
-__all__ = ["OPS", "map_shape", "measure", "streaming"]
+__all__ = ["OPS", "map_shape", "measure", "streaming", "vectors"]
 
 RESULTS = Path(__file__).parent / "results"
 EPS = 1e-5
@@ -36,6 +37,12 @@ def _l2_bytes() -> int:
     return int(stated.removesuffix("K")) * 1024 * torch.get_num_threads()
 
 
+def vectors() -> str:
+    """The instruction set of the passes: those that only multiply bfloat16 are not used there."""
+    level = backends.cpu_capability()
+    return "AVX512" if level in ("AMX", "AVX512_BF16") else level
+
+
 def map_shape(
     level: str, maps: int, channels: int, size: int, dtype: torch.dtype
 ) -> tuple[int, int, int, int]:
@@ -49,48 +56,77 @@ def map_shape(
 
 
 def _calls(
-    shape: tuple[int, ...], dtype: torch.dtype, layout: str
-) -> dict[str, Callable[[], None]]:
-    """A copy and every op on maps of one shape, as steps."""
+    shape: tuple[int, ...], dtype: torch.dtype, layout: str, kernels: str
+) -> dict[str, dict[str, Callable[[], None]]]:
+    """A copy, every op, and its limit with and without lines asked for, on maps of one shape."""
     torch.manual_seed(0)
     x, grad, skip, target = (
         torch.randn(shape).to(dtype).contiguous(memory_format=LAYOUTS[layout]) for _ in range(4)
     )
-    ops = backends.table("cpp")
     weight, bias = torch.rand(shape[1]) + 0.5, torch.randn(shape[1])
     norm: tuple[Tensor, ...] = (torch.randn(shape[1]), torch.rand(shape[1]) + 0.5, weight, bias)
     sums = (torch.randn(shape[1]), torch.randn(shape[1]))
+    arguments: dict[str, tuple[Any, ...]] = {
+        "stats": (x,),
+        "apply": (x, *norm, EPS),
+        "reduce": (grad, x, *norm, EPS),
+        "apply-backward": (grad, x, *norm, *sums, skip, EPS),
+        "add+stats": (x, skip),
+    }
     # An overload is taken once: finding it again is no part of the op.
-    stats, apply = ops.batch_norm_stats.default, ops.batch_norm_relu.default
-    reduce = ops.batch_norm_relu_backward_reduce.default
-    backward, add = ops.batch_norm_relu_backward_apply.default, ops.identity_add.default
-    return {
-        "copy_": lambda: target.copy_(x),
-        "stats": lambda: stats(x),
-        "apply": lambda: apply(x, *norm, EPS),
-        "reduce": lambda: reduce(grad, x, *norm, EPS),
-        "apply-backward": lambda: backward(grad, x, *norm, *sums, skip, EPS),
-        "add+stats": lambda: add(x, skip),
-    }  # fmt: skip
+    ops, least = backends.table("cpp"), limits.operations(kernels)
+    passes = {
+        "stats": (ops.batch_norm_stats.default, least.stats.default),
+        "apply": (ops.batch_norm_relu.default, least.apply.default),
+        "reduce": (ops.batch_norm_relu_backward_reduce.default, least.reduce.default),
+        "apply-backward": (ops.batch_norm_relu_backward_apply.default, least.backward.default),
+        "add+stats": (ops.identity_add.default, least.add.default),
+    }
+
+    def lanes(name: str) -> dict[str, Callable[[], None]]:
+        op, limit = passes[name]
+        given = arguments[name]
+        return {
+            "copy_": lambda: target.copy_(x),
+            "op": lambda: op(*given),
+            "limit": lambda: limit(*given, False),
+            "limit, lines asked for": lambda: limit(*given, True),
+        }
+
+    return {name: lanes(name) for name in OPS}
 
 
 def measure(
-    op: str, dtype: torch.dtype, layout: str, level: str, channels: int, size: int, rounds: int
+    op: str,
+    dtype: torch.dtype,
+    layout: str,
+    level: str,
+    channels: int,
+    size: int,
+    rounds: int,
+    kernels: str,
 ) -> dict[str, Value]:
     """One row: the op's bytes per second over those of ``copy_``, and what a call alone takes.
 
     ``ratio`` counts each map that an op reads or writes once. ``call_us`` is the same op on a map
     of one pixel: checks, allocation and the way into the op, no streaming. ``ratio_streaming``
-    leaves out what both calls cost.
+    leaves out what both calls cost. ``limit`` and ``limit_streaming`` are the same two of the call
+    that only moves the op's bytes (``limits.cpp``), by the faster of its two loops, and
+    ``of_limit`` is its time over the op's.
     """
     shape = map_shape(level, OPS[op], channels, size, dtype)
-    every = _calls(shape, dtype, layout), _calls((1, channels, 1, 1), dtype, layout)
-    steps = {(name, i): every[i][name] for name in (op, "copy_") for i in range(2)}
-    found = timing.measure(steps, "cpu", rounds, 0.4, least_rounds=min(rounds, 5))
+    one_pixel = (1, channels, 1, 1)
+    every = [_calls(one, dtype, layout, kernels)[op] for one in (shape, one_pixel)]
+    steps = {(lane, i): call for i in range(2) for lane, call in every[i].items()}
+    found = timing.measure(steps, "cpu", rounds, 0.6, least_rounds=min(rounds, 5))
     took = {key: timing.quantiles(s.seconds, 0.2, 0.8).median * 1e6 for key, s in found.items()}
+    least = min((lane for lane in every[0] if "limit" in lane), key=lambda lane: took[lane, 0])
     scale = OPS[op] / 2
-    ratio = timing.paired(found["copy_", 0], found[op, 0])
-    streaming_us = {name: took[name, 0] - took[name, 1] for name in (op, "copy_")}
+    ratio, limit, of_limit = (
+        timing.paired(found[over, 0], found[under, 0])
+        for over, under in (("copy_", "op"), ("copy_", least), (least, "op"))
+    )
+    moving = {lane: took[lane, 0] - took[lane, 1] for lane in ("copy_", "op", least)}
     return {
         "op": op,
         "dtype": str(dtype).removeprefix("torch."),
@@ -99,14 +135,23 @@ def measure(
         "shape": "x".join(map(str, shape)),
         "map_bytes": shape[0] * channels * size * size * dtype.itemsize,
         "maps": OPS[op],
-        "us": took[op, 0],
+        "us": took["op", 0],
         "copy_us": took["copy_", 0],
-        "call_us": took[op, 1],
+        "limit_us": took[least, 0],
+        "call_us": took["op", 1],
         "copy_call_us": took["copy_", 1],
+        "limit_call_us": took[least, 1],
         "ratio_q25": scale * ratio.low,
         "ratio": scale * ratio.median,
         "ratio_q75": scale * ratio.high,
-        "ratio_streaming": scale * streaming_us["copy_"] / streaming_us[op],
+        "limit_q25": scale * limit.low,
+        "limit": scale * limit.median,
+        "limit_q75": scale * limit.high,
+        "of_limit_q25": of_limit.low,
+        "of_limit": of_limit.median,
+        "of_limit_q75": of_limit.high,
+        "ratio_streaming": scale * moving["copy_"] / moving["op"],
+        "limit_streaming": scale * moving["copy_"] / moving[least],
     }
 
 
@@ -130,7 +175,8 @@ def streaming(
     rounds: int,
     output: Path,
 ) -> None:
-    """The CPU's passes against copy_ of the same maps, out of L3 and out of the cores' L2.
+    """The CPU's passes against copy_ of the same maps, out of L3 and out of the cores' L2, and
+    against the same calls with nothing to compute, which need a C++ compiler.
 
     PREACT_CPU_CAPABILITY=avx2 measures the kernels for processors without AVX-512; the CSV is named
     after the instruction set.
@@ -138,9 +184,11 @@ def streaming(
     reason = backends.available("cpu")["cpp"]
     if reason:
         raise click.ClickException(f"no native kernels: {reason}")
-    kernels = backends.cpu_capability()
-    if kernels in ("AMX", "AVX512_BF16"):  # whose products these passes do not use
-        kernels = "AVX512"
+    kernels = vectors()
+    try:
+        limits.operations(kernels)
+    except (OSError, RuntimeError) as error:
+        raise click.ClickException(f"limits.cpp cannot be compiled here: {error}") from error
     preact.retain_freed_memory()
     output.mkdir(parents=True, exist_ok=True)
     path = output / f"streaming_{kernels.lower()}_{channels}x{size}.csv"
@@ -151,7 +199,7 @@ def streaming(
     )
     for heading in (
         "op", "type", "layout", "out of", "map MiB", "us", "copy_ us", "a call us",
-        "ratio (IQR)", "without calls",
+        "ratio (IQR)", "limit (IQR)", "without calls", "its limit", "of limit",
     ):  # fmt: skip
         table.add_column(heading)
     rows: list[dict[str, Value]] = []
@@ -160,13 +208,17 @@ def streaming(
         for dtype in dtypes:
             for layout in layouts:
                 for op in OPS:
-                    row = measure(op, getattr(torch, dtype), layout, level, channels, size, rounds)
+                    row = measure(
+                        op, getattr(torch, dtype), layout, level, channels, size, rounds, kernels
+                    )
                     rows.append({**row, "kernels": kernels, **machine})
                     table.add_row(
                         op, dtype, layout, level, f"{float(row['map_bytes']) / 2**20:.2f}",
                         f"{row['us']:.1f}", f"{row['copy_us']:.1f}", f"{row['call_us']:.1f}",
                         f"{row['ratio']:.2f} ({row['ratio_q25']:.2f}-{row['ratio_q75']:.2f})",
-                        f"{row['ratio_streaming']:.2f}",
+                        f"{row['limit']:.2f} ({row['limit_q25']:.2f}-{row['limit_q75']:.2f})",
+                        f"{row['ratio_streaming']:.2f}", f"{row['limit_streaming']:.2f}",
+                        f"{row['of_limit']:.2f}",
                     )  # fmt: skip
                     write_records(path, rows)
     console.print(table)

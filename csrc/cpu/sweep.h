@@ -10,8 +10,9 @@
 // map may be written that is read.
 // Get says how a per-channel array is read: one value per lane, or one for all lanes.
 
-// Of longer rows 4 share a load, still longer ones are walked one by one: at these distances lines
-// of several rows and maps fall into few sets of the cache.
+// Of longer rows 4 share a load where maps are read only or are narrow, whose per-channel values
+// take twice as many loads; others are walked one by one, as are still longer ones: at these
+// distances lines of several rows and maps fall into few sets of the cache.
 constexpr int64_t kShortRow = 512, kLongestShared = 2048;  // bytes; where maps are read only, 1024
 constexpr int kLongRows = 4;
 
@@ -159,7 +160,8 @@ PREACT_INLINE void sweep_chain(const Pass& pass, int64_t first, int64_t rows, in
                        std::max(kAheadOf, Pass::kRows * stride));
     first += Pass::kRows * stride;
   }
-  for (; bytes <= kLongestShared && rows >= kLongRows; rows -= kLongRows) {
+  constexpr int64_t kLongest = kReads || std::is_same_v<P, Pairs> ? kLongestShared : kShortRow;
+  for (; bytes <= kLongest && rows >= kLongRows; rows -= kLongRows) {
     sweep_some_rows<T>(pass, first, kLongRows, channels, stride,
                        std::max(kAheadOf, kLongRows * stride));
     first += kLongRows * stride;
