@@ -55,10 +55,10 @@ def map_shape(
     return max(wanted // image, 1), channels, size, size
 
 
-def _calls(
-    shape: tuple[int, ...], dtype: torch.dtype, layout: str, kernels: str
-) -> dict[str, dict[str, Callable[[], None]]]:
-    """A copy, every op, and its limit with and without lines asked for, on maps of one shape."""
+def _lanes(
+    op: str, shape: tuple[int, ...], dtype: torch.dtype, layout: str, kernels: str
+) -> dict[str, Callable[[], None]]:
+    """A copy, an op, and its limit with and without lines asked for, on maps of one shape."""
     torch.manual_seed(0)
     x, grad, skip, target = (
         torch.randn(shape).to(dtype).contiguous(memory_format=LAYOUTS[layout]) for _ in range(4)
@@ -66,34 +66,26 @@ def _calls(
     weight, bias = torch.rand(shape[1]) + 0.5, torch.randn(shape[1])
     norm: tuple[Tensor, ...] = (torch.randn(shape[1]), torch.rand(shape[1]) + 0.5, weight, bias)
     sums = (torch.randn(shape[1]), torch.randn(shape[1]))
-    arguments: dict[str, tuple[Any, ...]] = {
-        "stats": (x,),
-        "apply": (x, *norm, EPS),
-        "reduce": (grad, x, *norm, EPS),
-        "apply-backward": (grad, x, *norm, *sums, skip, EPS),
-        "add+stats": (x, skip),
-    }
-    # An overload is taken once: finding it again is no part of the op.
     ops, least = backends.table("cpp"), limits.operations(kernels)
-    passes = {
-        "stats": (ops.batch_norm_stats.default, least.stats.default),
-        "apply": (ops.batch_norm_relu.default, least.apply.default),
-        "reduce": (ops.batch_norm_relu_backward_reduce.default, least.reduce.default),
-        "apply-backward": (ops.batch_norm_relu_backward_apply.default, least.backward.default),
-        "add+stats": (ops.identity_add.default, least.add.default),
+    passes: dict[str, tuple[Any, Any, tuple[Any, ...]]] = {
+        "stats": (ops.batch_norm_stats, least.stats, (x,)),
+        "apply": (ops.batch_norm_relu, least.apply, (x, *norm, EPS)),
+        "reduce": (ops.batch_norm_relu_backward_reduce, least.reduce, (grad, x, *norm, EPS)),
+        "apply-backward": (
+            ops.batch_norm_relu_backward_apply, least.backward,
+            (grad, x, *norm, *sums, skip, EPS),
+        ),
+        "add+stats": (ops.identity_add, least.add, (x, skip)),
+    }  # fmt: skip
+    packets, arguments = passes[op][:2], passes[op][2]
+    # An overload is taken once: finding it again is no part of the op.
+    run, limit = (packet.default for packet in packets)
+    return {
+        "copy_": lambda: target.copy_(x),
+        "op": lambda: run(*arguments),
+        "limit": lambda: limit(*arguments, False),
+        "limit, lines asked for": lambda: limit(*arguments, True),
     }
-
-    def lanes(name: str) -> dict[str, Callable[[], None]]:
-        op, limit = passes[name]
-        given = arguments[name]
-        return {
-            "copy_": lambda: target.copy_(x),
-            "op": lambda: op(*given),
-            "limit": lambda: limit(*given, False),
-            "limit, lines asked for": lambda: limit(*given, True),
-        }
-
-    return {name: lanes(name) for name in OPS}
 
 
 def measure(
@@ -116,7 +108,7 @@ def measure(
     """
     shape = map_shape(level, OPS[op], channels, size, dtype)
     one_pixel = (1, channels, 1, 1)
-    every = [_calls(one, dtype, layout, kernels)[op] for one in (shape, one_pixel)]
+    every = [_lanes(op, one, dtype, layout, kernels) for one in (shape, one_pixel)]
     steps = {(lane, i): call for i in range(2) for lane, call in every[i].items()}
     found = timing.measure(steps, "cpu", rounds, 0.6, least_rounds=min(rounds, 5))
     took = {key: timing.quantiles(s.seconds, 0.2, 0.8).median * 1e6 for key, s in found.items()}
