@@ -17,7 +17,7 @@ CONSTRAINTS := $(VENV)/constraints.txt
 NATIVE := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 EMULATION := tests/cuda_emulation
 # What clang-format formats: all C++.
-FORMATTED := $(wildcard csrc/*.cpp csrc/common/* csrc/cpu/* csrc/cuda/* $(addprefix $(EMULATION)/,*.cpp *.h include/*.h include/cuda/*) tests/tile_emulation/* benchmarks/*.cpp)
+FORMATTED := $(wildcard csrc/*.cpp csrc/common/* csrc/cpu/* csrc/cuda/* $(addprefix $(EMULATION)/,*.cpp *.h include/*.h include/cuda/*) tests/tile_emulation/* tests/turns/* benchmarks/*.cpp)
 # Ninja and whatever else the environment brings must be found by name.
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 

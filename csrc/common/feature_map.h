@@ -27,18 +27,17 @@ struct Chunks {
 
   static Chunks of(const FeatureMap& map) {
     constexpr int64_t kElements = 32768, kMany = 16, kMost = 128;
-    constexpr int64_t kFewestRows = 256, kRows = 1024;
+    constexpr int64_t kFewestRows = 256, kRows = 1024, kPlaneValues = 4096;
     const int64_t elements = map.count() * map.channels;
     // Enough for several threads first, then larger ones: each begins without a mean, and one
-    // thread joins the results of all.
+    // thread joins the results of all. Planes are divided among threads by channels as well.
     const int64_t large = std::min(elements / (2 * kElements), map.count() / kRows);
     const int64_t wanted =
         std::clamp<int64_t>(std::max(std::min(elements / kElements, kMany), large), 1, kMost);
     const int64_t length = map.channels_last ? map.count() : map.batch;
-    const int64_t most = map.channels_last ? ceil_div(length, kFewestRows) : length;
-    const int64_t planes = std::max<int64_t>(map.channels, 1);
-    const int64_t count = std::clamp<int64_t>(map.channels_last ? wanted : ceil_div(wanted, planes),
-                                              1, std::max<int64_t>(most, 1));
+    const int64_t most = map.channels_last ? ceil_div(length, kFewestRows)
+                                           : std::min(map.count() / kPlaneValues, length);
+    const int64_t count = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(most, 1));
     const int64_t size = std::max<int64_t>(ceil_div(length, count), 1);
     return {std::max<int64_t>(ceil_div(length, size), 1), size};
   }

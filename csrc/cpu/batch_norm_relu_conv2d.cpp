@@ -46,12 +46,10 @@ std::tuple<Tensor, Tensor> direct(const Tensor& input, const Affine<float>& affi
   const auto chunks = BlockChunks::of_result(blocks);
   Partials partials(chunks.count, shape.out_channels);
   const auto part = PREACT_SELECT(batch_norm_relu_conv2d_part, T);
-  torch::stable::parallel_for(0, chunks.count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      part(task, chunks.begin(chunk), chunks.end(chunk),
-           partials.first.data() + chunk * shape.out_channels,
-           partials.second.data() + chunk * shape.out_channels);
-    }
+  parallel_over_chunks(chunks.count, [&](int64_t chunk) {
+    part(task, chunks.begin(chunk), chunks.end(chunk),
+         partials.first.data() + chunk * shape.out_channels,
+         partials.second.data() + chunk * shape.out_channels);
   });
   const auto count_of = [&](int64_t chunk) {
     return task.blocks.pixels(chunks.begin(chunk), chunks.end(chunk));

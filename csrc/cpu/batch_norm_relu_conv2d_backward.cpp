@@ -81,11 +81,9 @@ void direct(DirectBackward<T> task, const Tensor& grad_output, const Tensor& inp
   const int64_t channels = shape.in_channels;
   std::vector<double> sum_dz(chunks.count * channels), sum_dz_x(chunks.count * channels);
   const auto part = PREACT_SELECT(batch_norm_relu_conv2d_backward_part, T);
-  torch::stable::parallel_for(0, chunks.count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      part(task, chunks.begin(chunk), chunks.end(chunk), sum_dz.data() + chunk * channels,
-           sum_dz_x.data() + chunk * channels, sums + chunk * size);
-    }
+  parallel_over_chunks(chunks.count, [&](int64_t chunk) {
+    part(task, chunks.begin(chunk), chunks.end(chunk), sum_dz.data() + chunk * channels,
+         sum_dz_x.data() + chunk * channels, sums + chunk * size);
   });
   write_norm_gradients(sum_dz, sum_dz_x, chunks.count, affine, found.grad_weight, found.grad_bias);
   with_element_type(conv_weight, [&](auto type) {

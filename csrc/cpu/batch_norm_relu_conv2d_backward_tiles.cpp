@@ -114,8 +114,8 @@ void tiled_backward(const Tensor& grad_output, const Tensor& input, const Affine
   float* const sums = scratch(Slot::sums, chunks.count * size);
   std::vector<double> sum_dz(chunks.count * channels), sum_dz_x(chunks.count * channels);
   const auto run = PREACT_SELECT_TILES(batch_norm_relu_conv2d_backward_tiles);
-  torch::stable::parallel_for(0, chunks.count, 1, [&](int64_t begin, int64_t end) {
-    run(task, chunks, begin, end, sum_dz.data(), sum_dz_x.data(), sums);
+  parallel_over_turns(chunks.count, [&](Turns turns) {
+    run(task, chunks, turns, sum_dz.data(), sum_dz_x.data(), sums);
   });
   write_norm_gradients(sum_dz, sum_dz_x, chunks.count, affine, found.grad_weight, found.grad_bias);
   with_element_type(conv_weight, [&](auto type) {

@@ -307,12 +307,12 @@ void backward_blocks(const cpu::TileBackward& task, const BackwardBuffers& buffe
   sums.flush();
 }
 
-// Chunks [begin, end): gradients of the input, masked, with their sums in sum_dz and sum_dz_x
+// A thread's chunks: gradients of the input, masked, with their sums in sum_dz and sum_dz_x
 // [chunks][C], either written or scaled and added to grad_skip, and of the weight, as weight_sums
 // says, in grad_weight [chunks].
 inline void batch_norm_relu_conv2d_backward_tiles(const cpu::TileBackward& task,
-                                                  const cpu::BlockChunks& chunks, int64_t begin,
-                                                  int64_t end, double* sum_dz, double* sum_dz_x,
+                                                  const cpu::BlockChunks& chunks, cpu::Turns turns,
+                                                  double* sum_dz, double* sum_dz_x,
                                                   float* grad_weight) {
   const Conv2dShape& s = task.blocks.shape;
   const BackwardBuffers buffers(task);
@@ -320,7 +320,7 @@ inline void batch_norm_relu_conv2d_backward_tiles(const cpu::TileBackward& task,
   const auto run = task.grad_input
                        ? (narrow ? &backward_blocks<true, true> : &backward_blocks<false, true>)
                        : (narrow ? &backward_blocks<true, false> : &backward_blocks<false, false>);
-  for (int64_t chunk = begin; chunk < end; ++chunk) {
+  for (int64_t chunk = turns.next(); chunk >= 0; chunk = turns.next()) {
     TileSums sums(s.in_channels, sum_dz + chunk * s.in_channels, sum_dz_x + chunk * s.in_channels);
     run(task, buffers, chunks.begin(chunk), chunks.end(chunk), sums,
         grad_weight + chunk * cpu::weight_sums(s));

@@ -36,8 +36,8 @@ std::tuple<Tensor, Tensor> tiled_forward(const Tensor& input, const Affine<float
   const auto chunks = BlockChunks::of_result(blocks);
   Partials partials(chunks.count, shape.out_channels);
   const auto run = PREACT_SELECT_TILES(batch_norm_relu_conv2d_tiles);
-  torch::stable::parallel_for(0, chunks.count, 1, [&](int64_t begin, int64_t end) {
-    run(task, chunks, begin, end, partials.first.data(), partials.second.data());
+  parallel_over_turns(chunks.count, [&](Turns turns) {
+    run(task, chunks, turns, partials.first.data(), partials.second.data());
   });
   const auto count_of = [&](int64_t chunk) {
     return direct.pixels(chunks.begin(chunk), chunks.end(chunk));

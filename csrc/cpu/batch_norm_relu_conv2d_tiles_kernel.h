@@ -172,10 +172,10 @@ void forward_blocks(const cpu::TileForward& task, BFloat16* staged, int64_t begi
   moments.merge();
 }
 
-// Chunks [begin, end): normalised into the staged map, convolved, and the statistics of each result
+// A thread's chunks: normalised into the staged map, convolved, and the statistics of each result
 // taken on the way, into mean and m2 [chunks][O].
 inline void batch_norm_relu_conv2d_tiles(const cpu::TileForward& task,
-                                         const cpu::BlockChunks& chunks, int64_t begin, int64_t end,
+                                         const cpu::BlockChunks& chunks, cpu::Turns turns,
                                          double* mean, double* m2) {
   const Conv2dShape& s = task.blocks.shape;
   const int64_t size = cpu::staged_size(task.staged);
@@ -183,7 +183,7 @@ inline void batch_norm_relu_conv2d_tiles(const cpu::TileForward& task,
   // Zeros stay wherever nothing is staged.
   std::memset(static_cast<void*>(staged), 0, size * sizeof(BFloat16));
   const auto run = cpu::is_narrow(s.out_channels) ? &forward_blocks<true> : &forward_blocks<false>;
-  for (int64_t chunk = begin; chunk < end; ++chunk) {
+  for (int64_t chunk = turns.next(); chunk >= 0; chunk = turns.next()) {
     const int64_t first = chunk * s.out_channels;
     TileMoments moments(s.out_channels, mean + first, m2 + first);
     run(task, staged, chunks.begin(chunk), chunks.end(chunk), moments);

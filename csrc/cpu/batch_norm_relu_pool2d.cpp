@@ -64,8 +64,8 @@ std::tuple<Tensor, Tensor> batch_norm_relu_pool2d(const Tensor& input_, const Te
                                  mutable_data<T>(output),
                                  average ? nullptr : mutable_data<uint8_t>(positions)};
     const auto part = PREACT_SELECT(batch_norm_relu_pool2d_part, T);
-    torch::stable::parallel_for(0, shape.batch * shape.out_h, 1,
-                                [&](int64_t begin, int64_t end) { part(task, begin, end); });
+    parallel_over_parts(shape.batch * shape.out_h, 1,
+                        [&](int64_t begin, int64_t end) { part(task, begin, end); });
   });
   return {arranged(output, input_), average ? positions : arranged(positions, input_)};
 }
@@ -106,11 +106,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_pool2d_backward(
                             average ? nullptr : data<uint8_t>(positions),
                             mutable_data<T>(grad_input)};
     const auto reduce = PREACT_SELECT(batch_norm_relu_pool2d_reduce, T);
-    torch::stable::parallel_for(0, chunks.count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        reduce(task, chunks.begin(map, i), chunks.end(map, i), sums.first.data() + i * map.channels,
-               sums.second.data() + i * map.channels);
-      }
+    parallel_over_chunks(chunks.count, [&](int64_t i) {
+      reduce(task, chunks.begin(map, i), chunks.end(map, i), sums.first.data() + i * map.channels,
+             sums.second.data() + i * map.channels);
     });
     write_norm_gradients(sums.first, sums.second, chunks.count, affine, grad_weight, grad_bias);
     const BackwardSums<A> terms(

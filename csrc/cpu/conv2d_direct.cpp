@@ -129,7 +129,7 @@ BlockChunks::BlockChunks(const Conv2dShape& shape, int64_t most)
 }
 
 int64_t BlockChunks::longest(int64_t threads) const {
-  const int64_t each = ceil_div(count, threads);  // as parallel_for divides them
+  const int64_t each = ceil_div(count, threads);  // as ChunkQueue divides them
   int64_t result = 0;
   for (int64_t chunk = 0; chunk < count; chunk += each) {
     result = std::max(result, begin(std::min(chunk + each, count)) - begin(chunk));

@@ -10,6 +10,7 @@
 #include "common/tensors.h"
 #include "cpu/capability.h"
 #include "cpu/element.h"
+#include "cpu/turns.h"
 
 namespace preact::cpu {
 
@@ -37,22 +38,51 @@ T* mutable_data(const Tensor& tensor) {
 // Fewer elements, as for ATen, are not worth another thread.
 constexpr int64_t kGrainElements = 32768;
 
-// Runs function(begin, end) over rows (channels_last) or planes on PyTorch's threads. What function
-// captures should be pointers and sizes: another core waits for each line of a tensor's own memory.
+// Calls function(turns) on each of PyTorch's threads that there are chunks for.
+template <typename Function>
+void parallel_over_turns(int64_t chunks, const Function& function) {
+  ChunkQueue queue(chunks, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, queue.threads(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) function(Turns(queue, thread));
+  });
+}
+
+// Calls function(chunk) for each chunk, on PyTorch's threads.
+template <typename Function>
+void parallel_over_chunks(int64_t chunks, const Function& function) {
+  parallel_over_turns(chunks, [&](Turns turns) {
+    for (int64_t chunk = turns.next(); chunk >= 0; chunk = turns.next()) function(chunk);
+  });
+}
+
+// Runs function(begin, end) over parts of [0, length), `grain` or more each, on PyTorch's threads.
+// What function captures should be pointers and sizes: another core waits for each line of a
+// tensor's own memory.
+template <typename Function>
+void parallel_over_parts(int64_t length, int64_t grain, const Function& function) {
+  constexpr int64_t kTurns = 8;  // of each thread, lest one waits long for another
+  const int64_t most = kTurns * static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t parts = std::min(ceil_div(length, std::max<int64_t>(grain, 1)), most);
+  if (parts <= 1) return function(0, length);
+  parallel_over_chunks(
+      parts, [&](int64_t part) { function(part * length / parts, (part + 1) * length / parts); });
+}
+
+// Over rows (channels_last) or planes.
 template <typename Function>
 void parallel_over_map(const FeatureMap& map, const Function& function) {
   const int64_t length = map.channels_last ? map.count() : map.batch * map.channels;
   const int64_t width = std::max<int64_t>(map.channels_last ? map.channels : map.spatial, 1);
-  torch::stable::parallel_for(0, length, std::max<int64_t>(kGrainElements / width, 1), function);
+  parallel_over_parts(length, kGrainElements / width, function);
 }
 
-// The same over the tasks of chunks.
+// Over the tasks of chunks.
 template <typename Function>
 void parallel_over_tasks(const FeatureMap& map, const Chunks& chunks, const Function& function) {
   const int64_t tasks = chunks.tasks(map);
   const int64_t elements =
       std::max<int64_t>(map.count() * map.channels / std::max<int64_t>(tasks, 1), 1);
-  torch::stable::parallel_for(0, tasks, ceil_div(kGrainElements, elements), function);
+  parallel_over_parts(tasks, ceil_div(kGrainElements, elements), function);
 }
 
 // weight * invstd, the mean and the bias of each channel, with absent parameters filled in.
