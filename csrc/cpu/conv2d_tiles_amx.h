@@ -1,17 +1,21 @@
 // Products of tiles in AMX's tile registers. Included by conv2d_tiles.h. The assembler alone has to
 // know the instructions.
 
-// Every tile has `rows` rows of 64 bytes, but for the last two or four, which always have 16.
+// Of eight tiles seven are used at most: 0 to 3 hold sums, 4 pixels, 5 and 6 weights. Each has rows
+// of 64 bytes, 16 of weights. A processor renames tiles, so that one is loaded while products of
+// what it held are under way, as far as it has registers: for seconds on end, by all signs where
+// its core runs another thread, there are too few, and the fewer tiles are written the more are
+// left. Four products and four loads, of which each product takes 13 cycles else, then take 50 to
+// 60 for each with eight tiles and 38 to 45 with seven; with six and a fifth load 33.
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {};
   uint8_t rows[16] = {};
 
-  // Tiles 0 to 3 hold sums, 4 and 5 pixels, and 6 and 7 weights; `narrow` gives 6 to the pixels.
-  TileConfig(int pixels, bool narrow) {
-    for (int i = 0; i < 8; ++i) {
+  explicit TileConfig(int pixels) {
+    for (int i = 0; i < 7; ++i) {
       row_bytes[i] = 64;
-      rows[i] = static_cast<uint8_t>(i < (narrow ? 7 : 6) ? pixels : 16);
+      rows[i] = static_cast<uint8_t>(i < 5 ? pixels : 16);
     }
   }
 };
@@ -57,24 +61,24 @@ __attribute__((noinline)) void multiply_tiles(const BFloat16* const* pixels, int
   for (int64_t s = 0; s < steps; ++s) {
     const int64_t at = offsets[s];
     if constexpr (NARROW) {
-      tile_load<7>(weights + s * kTile, kRow);
+      tile_load<5>(weights + s * kTile, kRow);
       tile_load<4>(pixels[0] + at, pixel_bytes);
-      tile_multiply<0, 4, 7>();
-      tile_load<5>(pixels[1] + at, pixel_bytes);
-      tile_multiply<1, 5, 7>();
-      tile_load<6>(pixels[2] + at, pixel_bytes);
-      tile_multiply<2, 6, 7>();
+      tile_multiply<0, 4, 5>();
+      tile_load<4>(pixels[1] + at, pixel_bytes);
+      tile_multiply<1, 4, 5>();
+      tile_load<4>(pixels[2] + at, pixel_bytes);
+      tile_multiply<2, 4, 5>();
       tile_load<4>(pixels[3] + at, pixel_bytes);
-      tile_multiply<3, 4, 7>();
+      tile_multiply<3, 4, 5>();
     } else {
-      tile_load<6>(weights + 2 * s * kTile, kRow);
+      tile_load<5>(weights + 2 * s * kTile, kRow);
       tile_load<4>(pixels[0] + at, pixel_bytes);
-      tile_multiply<0, 4, 6>();
-      tile_load<7>(weights + (2 * s + 1) * kTile, kRow);
-      tile_multiply<1, 4, 7>();
-      tile_load<5>(pixels[1] + at, pixel_bytes);
-      tile_multiply<2, 5, 6>();
-      tile_multiply<3, 5, 7>();
+      tile_multiply<0, 4, 5>();
+      tile_load<6>(weights + (2 * s + 1) * kTile, kRow);
+      tile_multiply<1, 4, 6>();
+      tile_load<4>(pixels[1] + at, pixel_bytes);
+      tile_multiply<2, 4, 5>();
+      tile_multiply<3, 4, 6>();
     }
   }
   if constexpr (NARROW) {
@@ -93,9 +97,7 @@ __attribute__((noinline)) void multiply_tiles(const BFloat16* const* pixels, int
 template <bool NARROW>
 class TileProduct {
  public:
-  explicit TileProduct(int64_t pixels) {
-    tile_configure(TileConfig(static_cast<int>(pixels), NARROW));
-  }
+  explicit TileProduct(int64_t pixels) { tile_configure(TileConfig(static_cast<int>(pixels))); }
   // As many tiles as there may be, whatever the count: all take the time of one.
   PREACT_INLINE void operator()(const TileGather& tiled, const BFloat16* const* pixels,
                                 int64_t /*count*/, int64_t pixel_bytes, const BFloat16* weights,
@@ -106,7 +108,7 @@ class TileProduct {
 };
 
 PREACT_INLINE void begin_weight_tiles() {
-  static const TileConfig config(16, false);
+  static const TileConfig config(16);
   tile_configure(config);
 }
 
@@ -135,25 +137,23 @@ __attribute__((noinline)) void weight_tiles(const char* const* taps, int64_t pla
   }
   for (int64_t s = 0; s < steps; ++s, grad += kTile) {
     const int64_t at = s * kStep;
-    tile_load<7>(grad, 64);
+    tile_load<5>(grad, 64);
     tile_load<4>(taps[0] + at, plane_bytes);
-    tile_multiply<0, 4, 7>();
+    tile_multiply<0, 4, 5>();
     if constexpr (OUTPUTS == 2) {
       tile_load<6>(grad + grad_tile, 64);
       tile_multiply<1, 4, 6>();
-      if constexpr (INPUTS == 2) {
-        tile_load<5>(taps[0] + at + 16 * plane_bytes, plane_bytes);
-        tile_multiply<2, 5, 7>();
-        tile_multiply<3, 5, 6>();
-      }
-    } else if constexpr (INPUTS == 2) {
-      tile_load<5>(taps[0] + at + 16 * plane_bytes, plane_bytes);
-      tile_multiply<1, 5, 7>();
-    } else if constexpr (TAPS == 3) {
-      tile_load<5>(taps[1] + at, plane_bytes);
-      tile_multiply<1, 5, 7>();
-      tile_load<6>(taps[2] + at, plane_bytes);
-      tile_multiply<2, 6, 7>();
+    }
+    if constexpr (INPUTS == 2) {
+      tile_load<4>(taps[0] + at + 16 * plane_bytes, plane_bytes);
+      tile_multiply<OUTPUTS, 4, 5>();
+      if constexpr (OUTPUTS == 2) tile_multiply<3, 4, 6>();
+    }
+    if constexpr (TAPS == 3) {
+      tile_load<4>(taps[1] + at, plane_bytes);
+      tile_multiply<1, 4, 5>();
+      tile_load<4>(taps[2] + at, plane_bytes);
+      tile_multiply<2, 4, 5>();
     }
   }
   tile_store<0>(sums, kRow);
