@@ -242,3 +242,38 @@ def test_numbers_of_threads_that_share_evenly_agree_and_others_nearly(kernel, dt
                 torch.testing.assert_close(result, first, rtol=rtol, atol=1e-4)
     if kernel == 3 and dtype == torch.float32:  # of more weights there were 16 chunks
         assert not torch.equal(found[1][-1], found[32][-1])
+
+
+@pytest.mark.parametrize("channels", [16, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_short_last_block_may_be_any_threads_first(channels, dtype):
+    """What its thread computed before, infinities among it, must not be seen in its results."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator)
+
+    # 2009 pixels: 8 blocks of 252, of which the last lacks 7.
+    x, grad = (
+        random(41, channels, 7, 7).to(dtype).contiguous(memory_format=CHANNELS_LAST)
+        for _ in range(2)
+    )
+    x[6:36:6, 3] = torch.inf
+    vectors = (0.1 * random(channels), random(channels).square() + 0.5)
+    weight = (0.1 * random(channels, channels, 1, 1)).to(dtype)
+    given = (x, *vectors, None, None, 1e-5, weight)
+    geometry = ([1, 1], [0, 0], [1, 1], 1)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 4, 8) * 5:
+            torch.set_num_threads(count)
+            forward = OPS.batch_norm_relu_conv2d(*given, None, None, *geometry)
+            backward = OPS.batch_norm_relu_conv2d_backward(grad, *given, None, *geometry)
+            found.append((*forward, *backward))
+    finally:
+        torch.set_num_threads(threads)
+    assert not found[0][0][:5].isnan().any(), "images without an infinity"
+    for results in found[1:]:
+        for first, result in zip(found[0], results, strict=True):
+            torch.testing.assert_close(result, first, rtol=0, atol=0, equal_nan=True)

@@ -269,7 +269,12 @@ void backward_blocks(const cpu::TileBackward& task, const BackwardBuffers& buffe
     stage_gradient(task, buffers, block, out_columns, ahead);
     const TileActivation activation{task.norm.mean.data(), task.norm.scale.data(),
                                     task.norm.shift.data(), task.input};
-    // Before the epilogue, which finds the input in the cache then.
+    // Before the epilogue, which finds the input in the cache then. What the last block leaves of
+    // another's is multiplied by zeros, which an infinity would not allow.
+    if (in_columns < s.in_w) {
+      std::memset(static_cast<void*>(buffers.pairs), 0,
+                  paired.phases() * cpu::padded(s.in_channels) * paired.pairs * 4);
+    }
     TileActivation source = activation;
     source.map += offset;
     stage_pairs(source,
@@ -314,13 +319,15 @@ inline void batch_norm_relu_conv2d_backward_tiles(const cpu::TileBackward& task,
                                                   const cpu::BlockChunks& chunks, cpu::Turns turns,
                                                   double* sum_dz, double* sum_dz_x,
                                                   float* grad_weight) {
+  int64_t chunk = turns.next();
+  if (chunk < 0) return;
   const Conv2dShape& s = task.blocks.shape;
   const BackwardBuffers buffers(task);
   const bool narrow = cpu::is_narrow(s.in_channels);
   const auto run = task.grad_input
                        ? (narrow ? &backward_blocks<true, true> : &backward_blocks<false, true>)
                        : (narrow ? &backward_blocks<true, false> : &backward_blocks<false, false>);
-  for (int64_t chunk = turns.next(); chunk >= 0; chunk = turns.next()) {
+  for (; chunk >= 0; chunk = turns.next()) {
     TileSums sums(s.in_channels, sum_dz + chunk * s.in_channels, sum_dz_x + chunk * s.in_channels);
     run(task, buffers, chunks.begin(chunk), chunks.end(chunk), sums,
         grad_weight + chunk * cpu::weight_sums(s));

@@ -177,13 +177,15 @@ void forward_blocks(const cpu::TileForward& task, BFloat16* staged, int64_t begi
 inline void batch_norm_relu_conv2d_tiles(const cpu::TileForward& task,
                                          const cpu::BlockChunks& chunks, cpu::Turns turns,
                                          double* mean, double* m2) {
+  int64_t chunk = turns.next();
+  if (chunk < 0) return;
   const Conv2dShape& s = task.blocks.shape;
   const int64_t size = cpu::staged_size(task.staged);
   auto* const staged = reinterpret_cast<BFloat16*>(cpu::scratch(cpu::Slot::input, size / 2));
   // Zeros stay wherever nothing is staged.
   std::memset(static_cast<void*>(staged), 0, size * sizeof(BFloat16));
   const auto run = cpu::is_narrow(s.out_channels) ? &forward_blocks<true> : &forward_blocks<false>;
-  for (int64_t chunk = turns.next(); chunk >= 0; chunk = turns.next()) {
+  for (; chunk >= 0; chunk = turns.next()) {
     const int64_t first = chunk * s.out_channels;
     TileMoments moments(s.out_channels, mean + first, m2 + first);
     run(task, staged, chunks.begin(chunk), chunks.end(chunk), moments);

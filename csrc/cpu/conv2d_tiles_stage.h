@@ -172,6 +172,9 @@ void stage_tiles(const Source& source, int64_t height, int64_t width, int64_t ro
                 : source.value(values, Apart{first, x + 1 < width ? first + pixel : first});
         _mm512_mask_storeu_epi16(to + x * channels, lanes, bits);
       }
+      if (width < row_pixels) {  // the neighbour of the last pixel is multiplied by zeros
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + width * channels), __m256i{});
+      }
       continue;
     }
     for (int64_t first = 0; first < width; first += kStagePixels) {

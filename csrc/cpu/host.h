@@ -55,9 +55,9 @@ void parallel_over_chunks(int64_t chunks, const Function& function) {
   });
 }
 
-// Runs function(begin, end) over parts of [0, length), `grain` or more each, on PyTorch's threads.
-// What function captures should be pointers and sizes: another core waits for each line of a
-// tensor's own memory.
+// Runs function(begin, end) over parts of [0, length), of about `grain` or more, on PyTorch's
+// threads. What function captures should be pointers and sizes: another core waits for each line of
+// a tensor's own memory.
 template <typename Function>
 void parallel_over_parts(int64_t length, int64_t grain, const Function& function) {
   constexpr int64_t kTurns = 8;  // of each thread, lest one waits long for another

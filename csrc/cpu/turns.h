@@ -13,7 +13,7 @@ namespace preact::cpu {
 // results in must not depend on who takes it.
 class ChunkQueue {
  public:
-  // For `most` threads or fewer, as many as there are chunks for.
+  // For `most` threads or fewer, as many as there are chunks for; of these less than 2^32.
   ChunkQueue(int64_t chunks, int64_t most);
 
   int64_t threads() const { return static_cast<int64_t>(runs_.size()); }
