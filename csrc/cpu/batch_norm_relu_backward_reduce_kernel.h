@@ -72,10 +72,10 @@ template <typename T>
 void reduce_planes(ReducePass<T> pass, int64_t first, int64_t images, int64_t stride,
                    int64_t channels, int64_t length, double* sum_dz, double* sum_dz_x) {
   using A = accumulate_t<T>;
-  using V = Pack<A>;
-  std::vector<A> sums(2 * channels * V::lanes);
+  constexpr int kLanes = kFewLanes<A>;
+  std::vector<A> sums(2 * channels * kLanes);
   pass.sum_dz = sums.data();
-  pass.sum_dz_x = sums.data() + channels * V::lanes;
+  pass.sum_dz_x = sums.data() + channels * kLanes;
   std::fill_n(sum_dz, channels, 0.0);
   std::fill_n(sum_dz_x, channels, 0.0);
   const int64_t group =
@@ -90,8 +90,8 @@ void reduce_planes(ReducePass<T> pass, int64_t first, int64_t images, int64_t st
         }
       }
       for (int64_t c = 0; c < channels; ++c) {
-        sum_dz[c] += V::sum(V::load(pass.sum_dz + c * V::lanes));
-        sum_dz_x[c] += V::sum(V::load(pass.sum_dz_x + c * V::lanes));
+        sum_dz[c] += sum_of_few(pass.sum_dz + c * kLanes);
+        sum_dz_x[c] += sum_of_few(pass.sum_dz_x + c * kLanes);
       }
       std::fill(sums.begin(), sums.end(), A(0));
     }

@@ -104,11 +104,10 @@ Tensor complete_gradient(const Tensor& total, const Tensor& features, int64_t ch
   dispatch(features.scalar_type(), [&]<typename T>() {
     using A = accumulate_t<T>;
     const auto part = PREACT_SELECT(complete_gradient_part, T);
-    parallel_over_map(map, [=, from = data<A>(total), x = data<T>(features),
-                            rows = data<A>(coefficients), to = mutable_data<T>(grad_input),
-                            stride = features.size(1)](int64_t begin, int64_t end) {
-      part(from, x, rows, to, map, stride, begin, end);
-    });
+    parallel_over_map(
+        map, [=, from = data<A>(total), x = data<T>(features), rows = data<A>(coefficients),
+              to = mutable_data<T>(grad_input), stride = features.size(1)](
+                 int64_t begin, int64_t end) { part(from, x, rows, to, map, stride, begin, end); });
   });
   return grad_input;
 }

@@ -185,10 +185,10 @@ template <typename T, typename Source>
 void plane_statistics(Source source, int64_t first, int64_t images, int64_t stride,
                       int64_t channels, int64_t length, double* mean, double* m2) {
   using A = accumulate_t<T>;
-  using V = Pack<A>;
-  std::vector<A> buffer(channels * (1 + 2 * V::lanes));
+  constexpr int kLanes = kFewLanes<A>;
+  std::vector<A> buffer(channels * (1 + 2 * kLanes));
   A* const sum = buffer.data() + channels;
-  A* const square = sum + channels * V::lanes;
+  A* const square = sum + channels * kLanes;
   const StatisticsPass<T, Source> pass{source, {buffer.data(), sum, square}};
   std::fill_n(mean, channels, 0.0);
   std::fill_n(m2, channels, 0.0);
@@ -210,9 +210,8 @@ void plane_statistics(Source source, int64_t first, int64_t images, int64_t stri
       const double inverse = 1.0 / static_cast<double>(tile);
       const MomentsMerge join(count, static_cast<double>(tile));
       for (int64_t c = 0; c < channels; ++c) {
-        const double total = V::sum(V::load(sum + c * V::lanes)), offset = total * inverse;
-        join(mean[c], m2[c], buffer[c] + offset,
-             V::sum(V::load(square + c * V::lanes)) - total * offset);
+        const double total = sum_of_few(sum + c * kLanes), offset = total * inverse;
+        join(mean[c], m2[c], buffer[c] + offset, sum_of_few(square + c * kLanes) - total * offset);
         buffer[c] = static_cast<A>(mean[c]);
       }
       std::fill(buffer.begin() + channels, buffer.end(), A(0));

@@ -35,12 +35,16 @@ struct WithinChannel {
   static PREACT_INLINE typename P::reg get(const A* values, int64_t c) {
     return P::broadcast(values[c]);
   }
-  // A vector of sums for each channel: adding up its lanes can wait.
+  // A few sums for each channel: adding them up can wait. Whole vectors of many channels would not
+  // stay in the first-level cache from one image to the next, and short planes would wait for them.
   template <typename P, typename A>
   static PREACT_INLINE void add(A* sums, int64_t c, typename P::reg value) {
-    using V = Pack<A>;
-    A* const own = sums + c * V::lanes;
-    V::store(own, V::load(own) + P::folded(value));
+    auto total = few(P::folded(value));
+    A* const own = sums + c * kFewLanes<A>;
+    decltype(total) before;
+    std::memcpy(&before, own, sizeof before);
+    total += before;
+    std::memcpy(own, &total, sizeof total);
   }
 };
 

@@ -144,6 +144,38 @@ struct Pack {
   }
 };
 
+// A vector's lanes added up to four, or fewer where it has no more.
+template <typename A>
+constexpr int kFewLanes = std::min(Pack<A>::lanes, 4);
+
+using FewFloats = float __attribute__((vector_size(16)));
+PREACT_INLINE FewFloats few(FloatVector value) {
+#if PREACT_VECTOR_BYTES == 64
+  const __m256 half = _mm256_add_ps(_mm512_maskz_extractf32x8_ps(0xff, value, 0),
+                                    _mm512_maskz_extractf32x8_ps(0xff, value, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+#elif PREACT_VECTOR_BYTES == 32
+  return _mm_add_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps(value, 1));
+#else
+  return value;
+#endif
+}
+#if PREACT_VECTOR_BYTES == 64
+using FewDoubles = double __attribute__((vector_size(32)));
+PREACT_INLINE FewDoubles few(DoubleVector value) {
+  return _mm256_add_pd(_mm512_maskz_extractf64x4_pd(0xf, value, 0),
+                       _mm512_maskz_extractf64x4_pd(0xf, value, 1));
+}
+#else
+PREACT_INLINE DoubleVector few(DoubleVector value) { return value; }
+#endif
+template <typename A>
+PREACT_INLINE A sum_of_few(const A* lanes) {
+  A total = lanes[0];
+  for (int i = 1; i < kFewLanes<A>; ++i) total += lanes[i];
+  return total;
+}
+
 // `value` where z is positive or NaN, zero elsewhere.
 template <typename R>
 PREACT_INLINE R where_active(R z, R value) {
