@@ -53,6 +53,14 @@ CASES = [
 VECTORS = ("mean", "var", "weight", "bias", "coefficients")
 
 
+@pytest.fixture
+def keeps_threads():
+    """The number of threads is the test's to set."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 def run(table, given, dtype):
     """Every result of both ops, with everything optional given, and with nothing of it."""
     vector = reference.accumulate_dtype(dtype)
@@ -192,21 +200,19 @@ def test_a_large_mean_does_not_cancel_in_the_statistics():
     torch.testing.assert_close(var.double(), exact[1], rtol=1e-4, atol=0)
 
 
+@pytest.mark.usefixtures("keeps_threads")
 def test_a_batch_that_leaves_threads_idle_keeps_the_library():
     """An image is one thread's work, except in a pointwise convolution, which divides pixels."""
     weight, pointwise = torch.randn(16, 16, 3, 3), torch.randn(16, 16, 1, 1)
     geometry, pointwise_geometry = [((1, 1), (p, p), (1, 1), 1) for p in (1, 0)]
     x = torch.randn(3, 16, 8, 8).contiguous(memory_format=CHANNELS_LAST)
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 3, 4):
-            torch.set_num_threads(count)
-            assert cpp.occupies_threads(x, weight, geometry, "forward") == (count <= 3)
-            assert cpp.occupies_threads(x, pointwise, pointwise_geometry, "forward")
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 3, 4):
+        torch.set_num_threads(count)
+        assert cpp.occupies_threads(x, weight, geometry, "forward") == (count <= 3)
+        assert cpp.occupies_threads(x, pointwise, pointwise_geometry, "forward")
 
 
+@pytest.mark.usefixtures("keeps_threads")
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_numbers_of_threads_that_share_evenly_agree_and_others_nearly(kernel, dtype):
@@ -220,18 +226,14 @@ def test_numbers_of_threads_that_share_evenly_agree_and_others_nearly(kernel, dt
     vectors = (0.1 * random(32), random(32).square() + 0.5, random(32), random(32))
     geometry = ([1, 1], [kernel // 2] * 2, [1, 1], 1)
     given = [x.to(dtype), *vectors, 1e-5, (0.1 * random(32, 32, kernel, kernel)).to(dtype)]
-    threads = torch.get_num_threads()
     found = {}
-    try:
-        for count in (1, 2, 4, 5, 8, 16, 20, 32, 48):
-            torch.set_num_threads(count)
-            forward = OPS.batch_norm_relu_conv2d(*given, None, None, *geometry)
-            found[count] = [
-                *forward,
-                *OPS.batch_norm_relu_conv2d_backward(grad.to(dtype), *given, None, *geometry),
-            ]
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 4, 5, 8, 16, 20, 32, 48):
+        torch.set_num_threads(count)
+        forward = OPS.batch_norm_relu_conv2d(*given, None, None, *geometry)
+        found[count] = [
+            *forward,
+            *OPS.batch_norm_relu_conv2d_backward(grad.to(dtype), *given, None, *geometry),
+        ]
     maps = (0, 3)  # the result, and the masked gradient
     for count, results in found.items():
         for index, (first, result) in enumerate(zip(found[1], results, strict=True)):
@@ -244,35 +246,28 @@ def test_numbers_of_threads_that_share_evenly_agree_and_others_nearly(kernel, dt
         assert not torch.equal(found[1][-1], found[32][-1])
 
 
+@pytest.mark.usefixtures("keeps_threads")
 @pytest.mark.parametrize("channels", [16, 32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_short_last_block_may_be_any_threads_first(channels, dtype):
     """What its thread computed before, infinities among it, must not be seen in its results."""
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape):
-        return torch.randn(shape, generator=generator)
-
+    torch.manual_seed(0)
     # 2009 pixels: 8 blocks of 252, of which the last lacks 7.
     x, grad = (
-        random(41, channels, 7, 7).to(dtype).contiguous(memory_format=CHANNELS_LAST)
+        torch.randn(41, channels, 7, 7).to(dtype).contiguous(memory_format=CHANNELS_LAST)
         for _ in range(2)
     )
     x[6:36:6, 3] = torch.inf
-    vectors = (0.1 * random(channels), random(channels).square() + 0.5)
-    weight = (0.1 * random(channels, channels, 1, 1)).to(dtype)
+    vectors = (0.1 * torch.randn(channels), torch.rand(channels) + 0.5)
+    weight = (0.1 * torch.randn(channels, channels, 1, 1)).to(dtype)
     given = (x, *vectors, None, None, 1e-5, weight)
     geometry = ([1, 1], [0, 0], [1, 1], 1)
-    threads = torch.get_num_threads()
     found = []
-    try:
-        for count in (1, 2, 4, 8) * 5:
-            torch.set_num_threads(count)
-            forward = OPS.batch_norm_relu_conv2d(*given, None, None, *geometry)
-            backward = OPS.batch_norm_relu_conv2d_backward(grad, *given, None, *geometry)
-            found.append((*forward, *backward))
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 4, 8) * 5:
+        torch.set_num_threads(count)
+        forward = OPS.batch_norm_relu_conv2d(*given, None, None, *geometry)
+        backward = OPS.batch_norm_relu_conv2d_backward(grad, *given, None, *geometry)
+        found.append((*forward, *backward))
     assert not found[0][0][:5].isnan().any(), "images without an infinity"
     for results in found[1:]:
         for first, result in zip(found[0], results, strict=True):

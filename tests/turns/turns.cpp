@@ -1,5 +1,4 @@
-// Threads that share chunks by a ChunkQueue: what each is given is checked here, races are the
-// sanitizer's to find.
+// Threads that share chunks by a ChunkQueue, and what each is given.
 #include "cpu/turns.h"
 
 #include <algorithm>
