@@ -150,6 +150,7 @@ def extension(name: str) -> Extension:
         for flag in ("-isystem", directory)
     ]
     cxx = ["-O3", "-g0", "-std=c++20", "-ffp-contract=off", "-fvisibility=hidden", "-Wall"]
+    cxx += ["-fno-math-errno"]  # nobody asks for it, and a root that may set it is no vector's
     cxx += ["-Wextra", *abi, *system]  # as system headers PyTorch's own give no warnings
     nvcc = ["-O3", "-std=c++20", "-DUSE_CUDA", *abi]
     nvcc += ["-Xcompiler", "-fvisibility=hidden", "-Xcompiler", "-Wall", "-Xcompiler", "-Wextra"]

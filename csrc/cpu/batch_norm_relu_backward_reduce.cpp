@@ -29,7 +29,7 @@ std::tuple<Tensor, Tensor> batch_norm_relu_backward_reduce(const Tensor& grad_ou
          sum_dz_x = sums.second.data()](int64_t begin, int64_t end) {
           tasks(g, x, map, chunks, mean, scale, bias, begin, end, sum_dz, sum_dz_x);
         });
-    write_norm_gradients(sums.first, sums.second, chunks.count, affine, grad_weight, grad_bias);
+    write_norm_gradients(sums, chunks.count, affine, grad_weight, grad_bias);
   });
   return {grad_weight, grad_bias};
 }

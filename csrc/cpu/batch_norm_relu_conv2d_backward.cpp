@@ -79,13 +79,14 @@ void direct(DirectBackward<T> task, const Tensor& grad_output, const Tensor& inp
   const auto chunks = BlockChunks::of_gradients(blocks, size);
   float* const sums = scratch(Slot::sums, chunks.count * size);
   const int64_t channels = shape.in_channels;
-  std::vector<double> sum_dz(chunks.count * channels), sum_dz_x(chunks.count * channels);
+  Partials norm_sums(chunks.count, channels);
   const auto part = PREACT_SELECT(batch_norm_relu_conv2d_backward_part, T);
   parallel_over_chunks(chunks.count, [&](int64_t chunk) {
-    part(task, chunks.begin(chunk), chunks.end(chunk), sum_dz.data() + chunk * channels,
-         sum_dz_x.data() + chunk * channels, sums + chunk * size);
+    part(task, chunks.begin(chunk), chunks.end(chunk),
+         norm_sums.first.data() + chunk * channels, norm_sums.second.data() + chunk * channels,
+         sums + chunk * size);
   });
-  write_norm_gradients(sum_dz, sum_dz_x, chunks.count, affine, found.grad_weight, found.grad_bias);
+  write_norm_gradients(norm_sums, chunks.count, affine, found.grad_weight, found.grad_bias);
   with_element_type(conv_weight, [&](auto type) {
     unpack_weight_gradient(sums, chunks.count, weight_strides(found.grad_conv_weight), blocks,
                            mutable_data<decltype(type)>(found.grad_conv_weight));

@@ -112,12 +112,12 @@ void tiled_backward(const Tensor& grad_output, const Tensor& input, const Affine
   const int64_t size = weight_sums(blocks), channels = shape.in_channels;
   const auto chunks = BlockChunks::of_gradients(blocks, size);
   float* const sums = scratch(Slot::sums, chunks.count * size);
-  std::vector<double> sum_dz(chunks.count * channels), sum_dz_x(chunks.count * channels);
+  Partials norm_sums(chunks.count, channels);
   const auto run = PREACT_SELECT_TILES(batch_norm_relu_conv2d_backward_tiles);
   parallel_over_turns(chunks.count, [&](Turns turns) {
-    run(task, chunks, turns, sum_dz.data(), sum_dz_x.data(), sums);
+    run(task, chunks, turns, norm_sums.first.data(), norm_sums.second.data(), sums);
   });
-  write_norm_gradients(sum_dz, sum_dz_x, chunks.count, affine, found.grad_weight, found.grad_bias);
+  write_norm_gradients(norm_sums, chunks.count, affine, found.grad_weight, found.grad_bias);
   with_element_type(conv_weight, [&](auto type) {
     unpack_weight_sums(sums, chunks.count, weight_strides(found.grad_conv_weight), blocks,
                        mutable_data<decltype(type)>(found.grad_conv_weight));

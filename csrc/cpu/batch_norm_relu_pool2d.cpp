@@ -110,7 +110,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_pool2d_backward(
       reduce(task, chunks.begin(map, i), chunks.end(map, i), sums.first.data() + i * map.channels,
              sums.second.data() + i * map.channels);
     });
-    write_norm_gradients(sums.first, sums.second, chunks.count, affine, grad_weight, grad_bias);
+    write_norm_gradients(sums, chunks.count, affine, grad_weight, grad_bias);
     const BackwardSums<A> terms(
         input, affine, batch_stats ? OptionalTensor(grad_weight) : std::nullopt,
         batch_stats ? OptionalTensor(grad_bias) : std::nullopt, map.count());

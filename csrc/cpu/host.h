@@ -1,14 +1,12 @@
 // What every CPU op does around its kernel.
 #pragma once
 
-#include <limits>
 #include <type_traits>
 #include <vector>
 
-#include "common/backward_terms.h"
-#include "common/moments.h"
 #include "common/tensors.h"
 #include "cpu/capability.h"
+#include "cpu/channels.h"
 #include "cpu/element.h"
 #include "cpu/turns.h"
 
@@ -101,14 +99,7 @@ struct Affine {
     invstd = copy(var_, "var");
     scale = weight_ ? copy(*weight_, "weight") : std::vector<A>(channels, A(1));
     bias = bias_ ? copy(*bias_, "bias") : std::vector<A>(channels, A(0));
-    for (int64_t c = 0; c < channels; ++c) {
-      invstd[c] = static_cast<A>(1.0 / std::sqrt(static_cast<double>(invstd[c]) + eps));
-      scale[c] *= invstd[c];
-      // Kernels round to bfloat16 by bits, which no NaN of another kind would survive.
-      for (A* const value : {&mean[c], &scale[c], &bias[c]}) {
-        if (*value != *value) *value = std::numeric_limits<A>::quiet_NaN();
-      }
-    }
+    affine_channels(mean.data(), invstd.data(), scale.data(), bias.data(), channels, eps);
   }
 };
 
@@ -124,16 +115,8 @@ struct BackwardSums {
     if (!grad_weight) return;
     const Tensor sum_dz_x = channel_vector(*grad_weight, input, "grad_weight");
     const Tensor sum_dz = channel_vector(*grad_bias, input, "grad_bias");
-    const A inverse = A(1) / static_cast<A>(count);
-    const A *const dz_x = data<A>(sum_dz_x), *const dz = data<A>(sum_dz);
-    for (size_t c = 0; c < slope.size(); ++c) {
-      const BackwardTerms<A> terms(affine.scale[c], affine.invstd[c], dz_x[c], dz[c], inverse);
-      slope[c] = terms.slope;
-      offset[c] = terms.offset;
-      for (A* const value : {&slope[c], &offset[c]}) {
-        if (*value != *value) *value = std::numeric_limits<A>::quiet_NaN();
-      }
-    }
+    backward_channels(affine.scale.data(), affine.invstd.data(), data<A>(sum_dz_x),
+                      data<A>(sum_dz), slope.data(), offset.data(), input.size(1), count);
   }
 };
 
@@ -146,23 +129,13 @@ struct Partials {
   Partials(const FeatureMap& map, const Chunks& chunks) : Partials(chunks.count, map.channels) {}
 };
 
-// Adds up the chunks' sums [chunks][C] of dz and dz * (x - mean), in order, into the batch norm's
-// gradients.
+// Adds up the chunks' sums of dz and dz * (x - mean), in order, into the batch norm's gradients.
 template <typename A>
-void write_norm_gradients(const std::vector<double>& sum_dz, const std::vector<double>& sum_dz_x,
-                          int64_t chunks, const Affine<A>& affine, const Tensor& grad_weight,
-                          const Tensor& grad_bias) {
-  const auto channels = static_cast<int64_t>(affine.invstd.size());
-  A *const weight = mutable_data<A>(grad_weight), *const bias = mutable_data<A>(grad_bias);
-  for (int64_t c = 0; c < channels; ++c) {
-    double dz = 0, dz_x = 0;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      dz += sum_dz[chunk * channels + c];
-      dz_x += sum_dz_x[chunk * channels + c];
-    }
-    bias[c] = static_cast<A>(dz);
-    weight[c] = static_cast<A>(dz_x * affine.invstd[c]);
-  }
+void write_norm_gradients(Partials& sums, int64_t chunks, const Affine<A>& affine,
+                          const Tensor& grad_weight, const Tensor& grad_bias) {
+  gradient_channels(sums.first.data(), sums.second.data(), chunks, grad_bias.size(0),
+                    affine.invstd.data(), mutable_data<A>(grad_weight),
+                    mutable_data<A>(grad_bias));
 }
 
 // Joins the moments of `chunks` chunks, in order, into mean and biased variance vectors; count_of
@@ -170,24 +143,10 @@ void write_norm_gradients(const std::vector<double>& sum_dz, const std::vector<d
 template <typename A, typename Count>
 void write_statistics(Partials& partials, int64_t chunks, const Count& count_of, const Tensor& mean,
                       const Tensor& var) {
-  const int64_t channels = mean.size(0);
-  double count = 0;
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    const auto added = static_cast<double>(count_of(chunk));
-    if (chunk > 0) {
-      const MomentsMerge join(count, added);
-      for (int64_t c = 0; c < channels; ++c) {
-        join(partials.first[c], partials.second[c], partials.first[chunk * channels + c],
-             partials.second[chunk * channels + c]);
-      }
-    }
-    count += added;
-  }
-  A *const means = mutable_data<A>(mean), *const variances = mutable_data<A>(var);
-  for (int64_t c = 0; c < channels; ++c) {
-    means[c] = static_cast<A>(partials.first[c]);
-    variances[c] = static_cast<A>(partials.second[c] / count);
-  }
+  std::vector<double> counts(chunks);
+  for (int64_t i = 0; i < chunks; ++i) counts[i] = static_cast<double>(count_of(i));
+  statistics_channels(partials.first.data(), partials.second.data(), counts.data(), chunks,
+                      mean.size(0), mutable_data<A>(mean), mutable_data<A>(var));
 }
 
 template <typename A>
