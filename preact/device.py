@@ -48,9 +48,10 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-# What lowers the instruction set of one side or the other, and with it the times.
-_INSTRUCTION_SETS = (
-    "PREACT_CPU_CAPABILITY", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA",
+# What changes the kernels of one side or the other, and with them the times.
+_VARIABLES = (
+    "PREACT_CPU_CAPABILITY", "PREACT_CPU_CACHES", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA",
+    "DNNL_MAX_CPU_ISA",
 )  # fmt: skip
 
 
@@ -69,5 +70,5 @@ def description(device: torch.device) -> str:
         found = properties(device)
         return f"{found.name}-sm_{found.capability}"
     parts = [processor(), *_model(), f"{torch.get_num_threads()}_threads"]
-    lowered = [f"{name}={os.environ[name]}" for name in _INSTRUCTION_SETS if name in os.environ]
+    lowered = [f"{name}={os.environ[name]}" for name in _VARIABLES if name in os.environ]
     return "-".join(parts + lowered)

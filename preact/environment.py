@@ -26,6 +26,7 @@ _VARIABLES = (
     "PREACT_BUILD",
     "PREACT_CACHE_DIR",
     "PREACT_CONV",
+    "PREACT_CPU_CACHES",
     "PREACT_CPU_CAPABILITY",
     "PREACT_PLAN",
     "PREACT_TUNE",
@@ -52,6 +53,7 @@ def report() -> dict[str, str]:
     rows["automatic choice"] = _automatic()
     rows |= _kept()
     rows["instruction set"] = backends.cpu_capability() or "none in use: no C++ kernels are loaded"
+    rows["caches"] = _caches()
     rows["threads"] = f"{torch.get_num_threads()} of {_processors()} processors"
     rows["variables"] = ", ".join(f"{v}={os.environ[v]}" for v in _VARIABLES if v in os.environ)
     rows["variables"] = rows["variables"] or "none set that matter here"
@@ -68,6 +70,14 @@ def _versions() -> dict[str, str]:
         "nvcc": _nvcc(),
         "processor": processor(),
     }
+
+
+def _caches() -> str:
+    found = backends.cpu_caches()
+    if found is None:
+        return "not asked for: no C++ kernels are loaded"
+    first, second = (f"{size // 1024} KiB" for size in found)
+    return f"blocks are made for {first} of the first level, {second} of the second"
 
 
 def _installed(package: str) -> str:

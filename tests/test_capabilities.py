@@ -53,6 +53,13 @@ def test_ops_pass_with(capability):
     run(files, PREACT_CPU_CAPABILITY=capability.lower(), **library)
 
 
+@pytest.mark.skipif(available()["cpp"] != "", reason=f"no native kernels: {available()['cpp']}")
+@pytest.mark.parametrize("caches", ["8192,65536", "262144,8388608"])
+def test_convolutions_pass_with_caches(caches: str) -> None:
+    """Smaller and larger blocks than this machine's."""
+    run(["test_conv_ops.py", "test_direct_convolution.py"], PREACT_CPU_CACHES=caches)
+
+
 @pytest.fixture
 def tile_registers(tmp_path: Path) -> Path:
     """What emulates them, compiled to be preloaded."""

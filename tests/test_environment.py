@@ -86,6 +86,40 @@ def test_the_instruction_set_can_be_lowered(used: str) -> None:
     assert [line.split()[-1] for line in lines if line.startswith("instruction set")] == [used]
 
 
+@pytest.mark.skipif(backends.cpu_caches() is None, reason="no native kernels")
+@pytest.mark.parametrize(
+    ("stated", "first", "second"),
+    [
+        ("16384,262144", "16 KiB", "256 KiB"),
+        ("1,1", "8 KiB", "64 KiB"),
+        ("0,-1", "32 KiB", "512 KiB"),
+    ],
+)
+def test_the_sizes_of_the_caches_can_be_stated(stated: str, first: str, second: str) -> None:
+    printed = run_module(PREACT_CPU_CACHES=stated).stdout
+    assert f"blocks are made for {first} of the first level, {second} of the second" in printed
+
+
+def test_what_is_no_size_of_caches_changes_nothing() -> None:
+    row = f"caches {environment.report()['caches']}".split()
+    printed = [line.split() for line in run_module(PREACT_CPU_CACHES="large").stdout.splitlines()]
+    assert row in printed
+
+
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+
+
+@pytest.mark.skipif(backends.cpu_caches() is None, reason="no native kernels")
+@pytest.mark.skipif(not (_CACHES / "index2/size").exists(), reason="the system reports no caches")
+def test_blocks_are_made_for_the_caches_that_the_system_reports(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("PREACT_CPU_CACHES", raising=False)
+    first, second = ((_CACHES / f"index{i}/size").read_text().strip() for i in (0, 2))
+    printed = run_module().stdout
+    assert f"{first.removesuffix('K')} KiB of the first level, {second.removesuffix('K')} KiB of" in printed
+
+
 def test_convolutions_measured_before_are_reported(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

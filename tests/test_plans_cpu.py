@@ -110,7 +110,7 @@ def test_a_lowered_library_multiplies_no_bfloat16(names, monkeypatch):
 
 def test_what_was_measured_holds_for_processors_of_one_model_and_setting(monkeypatch):
     cpu = torch.device("cpu")
-    for name in device._INSTRUCTION_SETS:
+    for name in device._VARIABLES:
         monkeypatch.delenv(name, raising=False)
     plain = device.description(cpu)
     monkeypatch.setenv("PREACT_CPU_CAPABILITY", "avx2")

@@ -10,7 +10,7 @@ class Ahead {
   void add(const T* map, int64_t pixels, int64_t channels, int64_t stride) {
     constexpr int64_t kSize = sizeof(T);
     const int64_t bytes = pixels * channels * kSize;
-    if (!map || bytes_ + bytes > kMostBytes) return;
+    if (!map || bytes_ + bytes > most_) return;
     const char* const from = reinterpret_cast<const char*>(map);
     const Run run = stride == channels ? Run{from, 1, 0, bytes}
                                        : Run{from, pixels, stride * kSize, channels * kSize};
@@ -53,15 +53,13 @@ class Ahead {
   // What is left of `lines` and everything else that is due.
   PREACT_INLINE void fetch(Lines lines) {
     for (; lines.at < lines.end; lines = take(0, 1)) {
-      lines.each = kMostBytes;
+      lines.each = most_;
       lines.fetch();
     }
   }
 
  private:
   static constexpr int64_t kLine = 64, kOne = 1 << 16;
-  // More would push what this block works on out of a second-level cache.
-  static constexpr int64_t kMostBytes = 512 * 1024;
 
   struct Run {
     const char* from;
@@ -84,6 +82,8 @@ class Ahead {
 
   Run runs_[8];
   int count_ = 0, first_ = 0;
+  // More would push what this block works on out of the second-level cache.
+  const int64_t most_ = cpu::caches().second / 2;
   int64_t bytes_ = 0, lines_ = 0, rate_ = 0, due_ = 0;
   const char *at_ = nullptr, *end_ = nullptr;
 };

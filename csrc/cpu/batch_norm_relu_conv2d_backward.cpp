@@ -82,9 +82,8 @@ void direct(DirectBackward<T> task, const Tensor& grad_output, const Tensor& inp
   Partials norm_sums(chunks.count, channels);
   const auto part = PREACT_SELECT(batch_norm_relu_conv2d_backward_part, T);
   parallel_over_chunks(chunks.count, [&](int64_t chunk) {
-    part(task, chunks.begin(chunk), chunks.end(chunk),
-         norm_sums.first.data() + chunk * channels, norm_sums.second.data() + chunk * channels,
-         sums + chunk * size);
+    part(task, chunks.begin(chunk), chunks.end(chunk), norm_sums.first.data() + chunk * channels,
+         norm_sums.second.data() + chunk * channels, sums + chunk * size);
   });
   write_norm_gradients(norm_sums, chunks.count, affine, found.grad_weight, found.grad_bias);
   with_element_type(conv_weight, [&](auto type) {

@@ -18,8 +18,7 @@ void affine_channels(A* __restrict mean, A* __restrict invstd, A* __restrict sca
 
 template <typename A>
 void backward_channels(const A* scale, const A* invstd, const A* sum_dz_x, const A* sum_dz,
-                       A* __restrict slope, A* __restrict offset, int64_t channels,
-                       int64_t count) {
+                       A* __restrict slope, A* __restrict offset, int64_t channels, int64_t count) {
   constexpr A kNaN = std::numeric_limits<A>::quiet_NaN();
   const A inverse = A(1) / static_cast<A>(count);
   for (int64_t c = 0; c < channels; ++c) {
@@ -37,7 +36,8 @@ void statistics_channels(double* __restrict mean, double* __restrict m2, const d
   double count = counts[0];
   for (int64_t chunk = 1; chunk < chunks; ++chunk) {
     const MomentsMerge join(count, counts[chunk]);
-    const double *const other_mean = mean + chunk * channels, *const other_m2 = m2 + chunk * channels;
+    const double *const other_mean = mean + chunk * channels, *const other_m2 =
+                                                                  m2 + chunk * channels;
 #pragma GCC ivdep
     for (int64_t c = 0; c < channels; ++c) join(mean[c], m2[c], other_mean[c], other_m2[c]);
     count += counts[chunk];

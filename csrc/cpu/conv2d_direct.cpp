@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "common/feature_map.h"
+#include "cpu/caches.h"
 #include "cpu/element.h"
 
 namespace preact::cpu {
@@ -101,14 +102,15 @@ std::vector<Gather> backward_gathers(const Conv2dShape& s, const Staged& grad_ou
 }
 
 DirectBlocks DirectBlocks::of(const Conv2dShape& shape) {
-  // A block of a pointwise convolution: its pixels of one group of channels fit the first-level
-  // cache, and are a multiple of every tile's width where there are many.
-  constexpr int64_t kPixels = 256, kFew = 16;
+  // A block of a pointwise convolution: its pixels of one group of channels fill half of the
+  // first-level cache at most, and are a multiple of every tile's width where there are many.
+  constexpr int64_t kGroup = kBlock * sizeof(float), kFew = 16;
   if (!is_pointwise(shape)) return {shape, 0};
+  const int64_t most = fill_half(kGroup);
   const int64_t pixels = shape.batch * shape.in_h * shape.in_w;
   Conv2dShape flat = shape;
-  flat.batch = (pixels + kPixels - 1) / kPixels;
-  int64_t size = kPixels;
+  flat.batch = (pixels + most - 1) / most;
+  int64_t size = most;
   if (flat.batch < kFew) {
     // A few shall not leave a thread without work: an even number of nearly one size.
     if (flat.batch > 1) flat.batch += flat.batch % 2;

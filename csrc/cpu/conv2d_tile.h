@@ -263,19 +263,20 @@ PREACT_INLINE void direct_weight_block(const float* input, int64_t input_row, co
 }
 
 // Adds the weight gradient of one image to sums, packed as the weights are, or where `fresh` writes
-// it there. Bands of rows small enough for the first-level cache are read again for every tap and
+// it there. Bands of rows that fill half of the first-level cache are read again for every tap and
 // channel group.
 template <int STEP>
 void direct_weight_gradient(const Gather& gather, int64_t columns, const float* input,
                             const Staged& input_layout, const float* grad,
                             const Staged& grad_layout, bool fresh, float* sums, Ahead& ahead) {
-  constexpr int64_t kLanes = Pack<float>::lanes, kBandFloats = 6144;
+  constexpr int64_t kLanes = Pack<float>::lanes, kSize = sizeof(float);
   const auto taps = static_cast<int64_t>(gather.taps.size());
   const int64_t in_blocks = cpu::blocks_of(input_layout.channels);
   const int64_t panel = in_blocks * taps * kBlock * kBlock;
   const int64_t input_row = gather.input_step_y * input_layout.columns * kBlock;
   const int64_t grad_row = grad_layout.columns * kBlock;
-  const int64_t band = std::max<int64_t>(kBandFloats / (input_row + 2 * grad_row), 1);
+  const int64_t band =
+      std::max<int64_t>(cpu::caches().first / 2 / kSize / (input_row + 2 * grad_row), 1);
   for (int64_t y = 0; y < gather.rows; y += band) {
     const int64_t rows = std::min(band, gather.rows - y);
     for (int64_t o = 0; o < grad_layout.channels;) {

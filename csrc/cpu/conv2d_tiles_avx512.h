@@ -124,13 +124,14 @@ __attribute__((noinline)) void weight_tiles(const char* const* taps, int64_t pla
                                             const BFloat16* grad, int64_t grad_tile, int64_t steps,
                                             bool fresh, float* sums) {
   constexpr int kRows = 8 * (3 - OUTPUTS);
-  constexpr int64_t kSteps = 8;  // whose gradients the first-level cache keeps for all rows
-  for (int64_t s = 0; s < steps; s += kSteps) {
+  // Steps whose gradients, two tiles each, stay in the first-level cache for all rows.
+  const int64_t some = cpu::fill_half(2 * kTile * sizeof(BFloat16));
+  for (int64_t s = 0; s < steps; s += some) {
     float* to = sums;
     for (int tap = 0; tap < TAPS; ++tap) {
       for (int row = 0; row < INPUTS * 16; row += kRows, to += kRows * OUTPUTS * 16) {
         weight_rows<kRows, OUTPUTS>(taps[tap] + row * plane_bytes + s * 64, plane_bytes,
-                                    grad + s * kTile, grad_tile, std::min(kSteps, steps - s),
+                                    grad + s * kTile, grad_tile, std::min(some, steps - s),
                                     fresh && s == 0, to);
       }
     }

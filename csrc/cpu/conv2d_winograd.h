@@ -6,6 +6,9 @@
 // [16 positions][O / 16][C / 16][16 input channels][16 output channels].
 #pragma once
 
+#include <algorithm>
+
+#include "cpu/caches.h"
 #include "cpu/conv2d_direct.h"
 
 namespace preact::cpu {
@@ -20,10 +23,10 @@ struct WinogradTiles {
   static WinogradTiles of(int64_t height, int64_t width) {
     return {height, width, (height + 1) / 2, (width + 1) / 2};
   }
-  // Rows of tiles transformed at a time: those of 16 channels stay in the first-level cache.
+  // Rows of tiles transformed at a time: those of 16 channels fill half of the first-level cache.
   int64_t rows_at_once() const {
-    constexpr int64_t kTiles = 16;
-    return columns >= kTiles ? 1 : kTiles / columns < rows ? kTiles / columns : rows;
+    constexpr int64_t kTile = kPositions * kBlock * sizeof(float);
+    return std::clamp<int64_t>(fill_half(kTile) / columns, 1, rows);
   }
   int64_t at_once() const { return rows_at_once() * columns; }
 };

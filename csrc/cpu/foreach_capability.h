@@ -15,6 +15,7 @@
 #include "common/conv2d_shape.h"
 #include "common/feature_map.h"
 #include "common/moments.h"
+#include "cpu/caches.h"
 #include "cpu/capability.h"
 #include "cpu/conv2d_tiles_layout.h"
 #include "cpu/conv2d_winograd.h"

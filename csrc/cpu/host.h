@@ -115,8 +115,8 @@ struct BackwardSums {
     if (!grad_weight) return;
     const Tensor sum_dz_x = channel_vector(*grad_weight, input, "grad_weight");
     const Tensor sum_dz = channel_vector(*grad_bias, input, "grad_bias");
-    backward_channels(affine.scale.data(), affine.invstd.data(), data<A>(sum_dz_x),
-                      data<A>(sum_dz), slope.data(), offset.data(), input.size(1), count);
+    backward_channels(affine.scale.data(), affine.invstd.data(), data<A>(sum_dz_x), data<A>(sum_dz),
+                      slope.data(), offset.data(), input.size(1), count);
   }
 };
 
@@ -134,8 +134,7 @@ template <typename A>
 void write_norm_gradients(Partials& sums, int64_t chunks, const Affine<A>& affine,
                           const Tensor& grad_weight, const Tensor& grad_bias) {
   gradient_channels(sums.first.data(), sums.second.data(), chunks, grad_bias.size(0),
-                    affine.invstd.data(), mutable_data<A>(grad_weight),
-                    mutable_data<A>(grad_bias));
+                    affine.invstd.data(), mutable_data<A>(grad_weight), mutable_data<A>(grad_bias));
 }
 
 // Joins the moments of `chunks` chunks, in order, into mean and biased variance vectors; count_of

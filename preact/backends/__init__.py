@@ -83,6 +83,12 @@ def cpu_capability() -> str:
     return cpp.cpu_capability()
 
 
+def cpu_caches() -> tuple[int, int] | None:
+    """Bytes of one core's data caches, first and second level, that the C++ CPU kernels make their
+    blocks for; None where nothing is built."""
+    return cpp.cpu_caches()
+
+
 def table(name: str) -> Any:
     """The ops of a fused backend, as attributes under the names of ``preact.ops.SCHEMAS``."""
     if name == "cpp":

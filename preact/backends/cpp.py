@@ -256,3 +256,14 @@ def cpu_capability() -> str:
     function = ctypes.CDLL(str(path)).preact_cpu_capability
     function.restype = ctypes.c_char_p
     return str(function().decode())
+
+
+def cpu_caches() -> tuple[int, int] | None:
+    """Bytes of one core's data caches, first and second level, that the loaded CPU kernels make
+    their blocks for; None where nothing is built."""
+    path = native_path()
+    if path is None or load():
+        return None
+    found = (ctypes.c_int64 * 2)()
+    ctypes.CDLL(str(path)).preact_cpu_caches(found)
+    return found[0], found[1]
