@@ -115,9 +115,8 @@ def test_blocks_are_made_for_the_caches_that_the_system_reports(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("PREACT_CPU_CACHES", raising=False)
-    first, second = ((_CACHES / f"index{i}/size").read_text().strip() for i in (0, 2))
-    printed = run_module().stdout
-    assert f"{first.removesuffix('K')} KiB of the first level, {second.removesuffix('K')} KiB of" in printed
+    sizes = ((_CACHES / f"index{i}/size").read_text().strip().removesuffix("K") for i in (0, 2))
+    assert "made for {} KiB of the first level, {} KiB of".format(*sizes) in run_module().stdout
 
 
 def test_convolutions_measured_before_are_reported(
