@@ -14,7 +14,7 @@ composition of the same forward instead, so gradients of any order are right, at
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,17 +30,25 @@ from .prefix import (
     cast_like,
     differentiable_backward,
     eager_prefix,
-    fused_forward,
     fuses_backward,
     prefix_backward,
     prefix_convolutions,
 )
 
-UnitSettings = tuple[
-    tuple[float, ...], tuple[bool, ...], tuple[Geometry, ...], "Geometry | None", bool, bool, bool
-]
-"""eps, batch_stats and geometry of each layer, the projection's geometry; whether a backward may
-follow (without one, no layer's input outlives the next), save_activation, return_statistics."""
+
+class UnitSettings(NamedTuple):
+    """What is decided of a residual unit before it runs."""
+
+    eps: tuple[float, ...]
+    batch_stats: tuple[bool, ...]
+    geometries: tuple[Geometry, ...]
+    projection: Geometry | None
+    fuses: tuple[tuple[bool, ...], ...]
+    """Of each layer which of its convolutions run in forward in kernels of our own."""
+    save: bool
+    """Whether a backward may follow; without one, no layer's input outlives the next."""
+    save_activation: bool
+    return_statistics: bool
 
 
 class BatchNormReLU(torch.autograd.Function):
@@ -181,6 +189,50 @@ def paired(
     return convs
 
 
+def unit_forward(
+    backend: str,
+    input: Tensor,
+    settings: UnitSettings,
+    parameters: Sequence[Tensor | None],
+    saved: list[Tensor | None],
+) -> tuple[Tensor, ...]:
+    """What ``ResidualUnit`` takes and returns; what backward needs of each layer, its input, mean,
+    variance and activation or None, is added to ``saved``."""
+    table = backends.table(backend)
+    eps, batch_stats, geometries, projection, fuses, save, save_activation, return_statistics = (
+        settings
+    )
+    save_activation = plans.keeps_activation(save_activation)
+    inner: list[Tensor] = []
+    x, shortcut = input, input
+    last = len(geometries) - 1
+    known: tuple[Tensor, ...] = ()
+    for index, geometry in enumerate(geometries):
+        weight, bias, mean, var, *conv_parameters = parameters[6 * index : 6 * index + 6]
+        if mean is None or var is None:
+            mean, var = known or table.batch_norm_stats(x)
+            inner += [mean, var]
+        norm = Affine(mean, var, weight, bias, eps[index], batch_stats[index])
+        used = [geometry]
+        if index == 0 and projection is not None:
+            conv_parameters += parameters[-2:]
+            used.append(projection)
+        follows = index < last and parameters[6 * (index + 1) + 2] is None
+        adds = index == last and (index > 0 or projection is None)
+        (output, *projected), known, activation = prefix_convolutions(
+            backend, x, norm, paired(conv_parameters, used), fuses[index],
+            shortcut if adds else None, return_statistics if adds else follows,
+        )  # fmt: skip
+        shortcut = projected[0] if projected else shortcut
+        if index == last and not adds:  # one layer, whose shortcut is projected along with it
+            output, *found = table.identity_add(output, shortcut)
+            known = tuple(found)
+        if save:
+            saved += [x, mean, var, activation if save_activation else None]
+        x = output
+    return (x, *(known if return_statistics else ()), *inner)
+
+
 class ResidualUnit(torch.autograd.Function):
     """A full pre-activation unit: BN-ReLU-conv several times, then the shortcut's addition.
 
@@ -195,50 +247,14 @@ class ResidualUnit(torch.autograd.Function):
     def forward(
         ctx: Any, backend: str, input: Tensor, settings: UnitSettings, *parameters: Tensor | None
     ) -> tuple[Tensor, ...]:
-        table = backends.table(backend)
-        eps, batch_stats, geometries, projection, save, save_activation, return_statistics = (
-            settings
-        )
-        save_activation = plans.keeps_activation(save_activation)
         saved: list[Tensor | None] = []
-        inner: list[Tensor] = []
-        x, shortcut = input, input
-        last = len(geometries) - 1
-        known: tuple[Tensor, ...] = ()
-        for index, geometry in enumerate(geometries):
-            weight, bias, mean, var, *conv_parameters = parameters[6 * index : 6 * index + 6]
-            if mean is None or var is None:
-                mean, var = known or table.batch_norm_stats(x)
-                inner += [mean, var]
-            norm = Affine(mean, var, weight, bias, eps[index], batch_stats[index])
-            used = [geometry]
-            if index == 0 and projection is not None:
-                conv_parameters += parameters[-2:]
-                used.append(projection)
-            follows = index < last and parameters[6 * (index + 1) + 2] is None
-            adds = index == last and (index > 0 or projection is None)
-            convs = paired(conv_parameters, used)
-            fuses = fused_forward(
-                backend, x, norm.batch_stats, [(w, g, w.dtype) for w, _, g in convs], adds
-            )
-            (output, *projected), known, activation = prefix_convolutions(
-                backend, x, norm, convs, fuses, shortcut if adds else None,
-                return_statistics if adds else follows,
-            )  # fmt: skip
-            shortcut = projected[0] if projected else shortcut
-            if index == last and not adds:  # one layer, whose shortcut is projected along with it
-                output, *found = table.identity_add(output, shortcut)
-                known = tuple(found)
-            if save:
-                saved += [x, mean, var, activation if save_activation else None]
-            x = output
-        statistics, output = (known if return_statistics else ()), x
-        ctx.mark_non_differentiable(*statistics, *inner)
+        outputs = unit_forward(backend, input, settings, parameters, saved)
+        ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
-        if save:
+        if settings.save:
             ctx.save_for_backward(*saved, *parameters)
         ctx.settings = (backend, settings)
-        return (output, *statistics, *inner)
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:

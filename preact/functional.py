@@ -13,18 +13,17 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import autograd, backends, checks, identity_units, prefix, remembered
+from . import autograd, backends, checks, identity_units, prefix, remembered, units
 from .arguments import Conv as Conv
 from .arguments import Norm as Norm
 from .arguments import Statistics as Statistics
 from .checks import geometry_of as geometry_of
 from .checks import output_shape as output_shape
-from .running_stats import running_statistics, update_running_stats
+from .running_stats import update_running_stats
 from .serving import (
     backend_for,
     eager_conv,
     eager_norm,
-    parameters_of,
     statistics_of,
     values_per_channel,
 )
@@ -249,18 +248,62 @@ def residual_unit(
     In backward the shortcut's gradient joins the first batch norm's own pass. Returns the sum and,
     with ``return_statistics``, its ``Statistics`` (None without, or where eager PyTorch ran).
     """
-    key = None
-    if projection is None and not save_activation:
-        key = _key_of_units(input, [layers], statistics)
-        prepared = remembered.known(key)
-        if prepared is not None:  # the same call was checked before
-            first = statistics_of("cpp", input, layers[0][0], statistics)
-            return identity_units.run(input, layers, prepared, first, return_statistics)
+    return _residual_unit(
+        input, layers, projection, statistics, return_statistics, save_activation
+    )[:2]
+
+
+def _residual_unit(
+    input: Tensor,
+    layers: Sequence[tuple[Norm, Conv]],
+    projection: Conv | None,
+    statistics: Statistics | None,
+    return_statistics: bool,
+    save_activation: bool,
+) -> tuple[Tensor, Statistics | None, identity_units.Settings | units.Prepared]:
+    """What ``residual_unit`` returns and what was decided of it."""
+    convs = [conv for _, conv in layers] + ([] if projection is None else [projection])
+    key = remembered.key_of(
+        input, [norm for norm, _ in layers], convs, statistics or (), residual_unit, len(layers),
+        return_statistics, save_activation,
+    )  # fmt: skip
+    prepared = remembered.known(key)
+    if prepared is None:
+        prepared = _checked_unit(
+            input, layers, projection, convs, statistics, return_statistics, save_activation,
+            key is not None,
+        )  # fmt: skip
+        remembered.remember(key, prepared)
+    if isinstance(prepared, identity_units.Settings):
+        first = statistics_of("cpp", input, layers[0][0], statistics)
+        output, found = identity_units.run(input, layers, prepared, first, return_statistics)
+    elif prepared.settings is None:
+        output = _unit_of_prefixes(
+            input, layers, projection, statistics, save_activation, prepared.backend
+        )
+        found = None
+    else:
+        first = statistics_of(prepared.backend, input, layers[0][0], statistics)
+        output, found = units.run(prepared, input, layers, projection, first)
+    return output, found, prepared
+
+
+def _checked_unit(
+    input: Tensor,
+    layers: Sequence[tuple[Norm, Conv]],
+    projection: Conv | None,
+    convs: Sequence[Conv],
+    statistics: Statistics | None,
+    return_statistics: bool,
+    save_activation: bool,
+    plain: bool,
+) -> identity_units.Settings | units.Prepared:
+    """What is decided for ``residual_unit``; raises for whatever it cannot take. ``plain`` calls
+    are those that may be remembered."""
     checks.check_norm(input, layers[0][0])
     checks.check_statistics(input, statistics)
     if projection is not None:
         checks.check_conv(input, projection)
-    convs = [conv for _, conv in layers] + ([] if projection is None else [projection])
     geometries = [geometry_of(conv) for conv in convs]
     shapes = checks.layer_shapes(input, layers, geometries)
     types = {checks.compute_type(conv.weight) for conv in convs} | {input.dtype}
@@ -268,97 +311,57 @@ def residual_unit(
         input, [norm for norm, _ in layers], convs, residual_unit, tuple(layers), projection,
         statistics=statistics, return_statistics=return_statistics, save_activation=save_activation,
     )  # fmt: skip
-    whole = (input, layers, projection, statistics, save_activation, backend)
-    if backend == "reference" or None in geometries or len(types) > 1:
-        return _unit_of_prefixes(*whole), None
-
+    taken = [geometry for geometry in geometries if geometry is not None]
+    if backend == "reference" or len(taken) < len(geometries) or len(types) > 1:
+        return units.Prepared(backend, None)
     shortcut = tuple(input.shape)
     if projection is not None:
-        shortcut = output_shape(input.shape, projection, geometries[-1])
+        shortcut = output_shape(input.shape, projection, taken[-1])
     if shortcut != shapes[-1]:
-        return _unit_of_prefixes(*whole), None
-
-    first = statistics_of(backend, input, layers[0][0], statistics)
-    if key is not None and backend == "cpp":
-        prepared = identity_units.settings_for(input, layers, geometries)
-        if prepared is not None:
-            remembered.remember(key, prepared)
-            return identity_units.run(input, layers, prepared, first, return_statistics)
-    parameters: list[Tensor | None] = []
-    for index, (norm, conv) in enumerate(layers):
-        known: tuple[Tensor | None, Tensor | None] = first
-        if index > 0:
-            known = (None, None) if norm.training else running_statistics(norm)
-        parameters += [norm.weight, norm.bias, *known, *parameters_of(conv)]
-    if projection is not None:
-        parameters += parameters_of(projection)
-    settings = (
-        tuple(norm.eps for norm, _ in layers),
-        tuple(norm.training for norm, _ in layers),
-        tuple(geometries[: len(layers)]),
-        geometries[-1] if projection is not None else None,
-        torch.is_grad_enabled(),
-        save_activation,
-        return_statistics,
+        return units.Prepared(backend, None)
+    whole = plain and projection is None and not save_activation and backend == "cpp"
+    return (identity_units.settings_for(input, layers, taken) if whole else None) or units.prepare(
+        backend, input, layers, projection, taken, shapes, save_activation, return_statistics
     )
-    output, *vectors = autograd.ResidualUnit.apply(backend, input, settings, *parameters)
-    found = iter(vectors)
-    handed_on = (next(found), next(found)) if return_statistics else None
-    for index, (norm, _) in enumerate(layers):
-        if norm.training:
-            own = first if index == 0 else (next(found), next(found))
-            batch, _, height, width = shapes[index]
-            update_running_stats([norm], [own], batch * height * width)
-    return output, handed_on
 
 
 def residual_units(
     input: Tensor,
-    units: Sequence[Sequence[tuple[Norm, Conv]]],
+    stage: Sequence[Sequence[tuple[Norm, Conv]]],
     *,
     statistics: Statistics | None = None,
     return_statistics: bool = False,
     ended: Callable[[int], None] = lambda index: None,
 ) -> tuple[Tensor, Statistics | None]:
-    """``residual_unit`` of each of ``units`` in turn, all around an identity shortcut.
+    """``residual_unit`` of each of ``stage`` in turn, all around an identity shortcut.
 
     Each hands the statistics of its sum on to the next. Where the same call ran before and each
     unit was one op, all of them are. ``ended`` is called with each unit's index when its running
     statistics are up to date, so also for those before one that raises. Returns what the last unit
     returns.
     """
-    layers = [layer for unit in units for layer in unit]
-    key = _key_of_units(input, units, statistics)
+    layers = [layer for unit in stage for layer in unit]
+    norms, convs = zip(*layers, strict=True)
+    depths = tuple(map(len, stage))
+    key = remembered.key_of(input, norms, convs, statistics or (), residual_units, depths)
     prepared = remembered.known(key)
     if prepared is not None:
         first = statistics_of("cpp", input, layers[0][0], statistics)
         result = identity_units.run(input, layers, prepared, first, return_statistics)
-        for index in range(len(units)):
+        for index in range(len(stage)):
             ended(index)
         return result
     found = []
-    for index, unit in enumerate(units):
-        last = index + 1 == len(units)
-        its_own = _key_of_units(input, [unit], statistics)
-        input, statistics = residual_unit(
-            input, unit, statistics=statistics,
-            return_statistics=return_statistics if last else units[index + 1][0][0].training,
-        )  # fmt: skip
+    for index, unit in enumerate(stage):
+        last = index + 1 == len(stage)
+        returns = return_statistics if last else stage[index + 1][0][0].training
+        input, statistics, prepared = _residual_unit(input, unit, None, statistics, returns, False)
         ended(index)
-        found.append(remembered.known(its_own))
-    if None not in found:
+        if isinstance(prepared, identity_units.Settings):
+            found.append(prepared)
+    if len(found) == len(stage):
         remembered.remember(key, identity_units.joined(found))
     return input, statistics
-
-
-def _key_of_units(
-    input: Tensor,
-    units: Sequence[Sequence[tuple[Norm, Conv]]],
-    statistics: Statistics | None,
-) -> remembered.Key | None:
-    norms, convs = zip(*(layer for unit in units for layer in unit), strict=True)
-    depths = tuple(map(len, units))
-    return remembered.key_of(input, norms, convs, statistics or (), residual_units, depths)
 
 
 def _unit_of_prefixes(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import plans
 from .arguments import Conv, Norm, Statistics
-from .autograd import eager_unit
+from .autograd import UnitSettings, eager_unit
 from .checks import layer_shapes
 from .plans import Geometry
 from .prefix import differentiable_backward
@@ -43,7 +43,7 @@ class Settings(NamedTuple):
 def settings_for(
     input: Tensor,
     layers: Layers,
-    geometries: Sequence[Geometry | None],
+    geometries: Sequence[Geometry],
 ) -> Settings | None:
     """The settings of a unit; None where it does not run as one op: where a convolution runs
     unfused one way, only some gradients are wanted, or an inner map is of another extent."""
@@ -56,7 +56,6 @@ def settings_for(
     training = save and input.requires_grad
     found: list[Geometry] = []
     for index, ((norm, conv), geometry) in enumerate(zip(layers, geometries, strict=True)):
-        assert geometry is not None
         wanted = {
             parameter.requires_grad
             for parameter in (norm.weight, norm.bias, conv.weight)
@@ -69,9 +68,11 @@ def settings_for(
         works += ["backward"] if training else []
         # The layers' inputs are of one type and layout, those of the unit's.
         shape = shapes[index]
-        x = input if shape == tuple(input.shape) else _like(input, shape)
-        weight = conv.weight.detach().to(input.dtype)
-        if not all(plans.fuses_convolution("cpp", x, weight, geometry, work) for work in works):
+        x = input if shape == tuple(input.shape) else like(input, shape)
+        if not all(
+            plans.fuses_convolution("cpp", x, conv.weight, geometry, work, input.dtype)
+            for work in works
+        ):
             return None
         found.append(geometry)
     return Settings(
@@ -91,7 +92,8 @@ def joined(units: Sequence[Settings]) -> Settings | None:
     return Settings(eps, batch_stats, geometries, numbers, units[0].differentiable, units[0].depth)
 
 
-def _like(input: Tensor, shape: tuple[int, ...]) -> Tensor:
+def like(input: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """What an inner layer of ``input``'s unit takes, to be looked at only."""
     return torch.empty(
         shape, dtype=input.dtype, device=input.device, memory_format=memory_format_of(input)
     )
@@ -224,6 +226,8 @@ def _eager(input: Tensor, settings: Settings, parameters: Sequence[Tensor | None
             mean, var, weight, bias, conv = parameters[TENSORS * index : TENSORS * (index + 1)]
             assert conv is not None
             arranged += [weight, bias, mean, var, conv.to(input.dtype), None]
-        its_own = (eps[unit], batch_stats[unit], geometries[unit], None, True, False, False)
+        its_own = UnitSettings(
+            eps[unit], batch_stats[unit], geometries[unit], None, (), True, False, False
+        )
         input = eager_unit(input, its_own, (), arranged)
     return input

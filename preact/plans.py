@@ -143,7 +143,7 @@ def _decide_on_cpu(input: Tensor, weight: Tensor, geometry: Geometry, work: str,
     written = weight.numel() <= most
     if not most / NEAR < weight.numel() < most * NEAR:
         return written
-    if tuning.setting() == "auto" and _multiplications(input, weight, geometry) < ENOUGH:
+    if tuning.setting() == "auto" and cpp.multiplications(input, weight, geometry[0]) < ENOUGH:
         return written
     problem = trials.of_sizes_on_cpu(_problem(input, weight, geometry, work))
     known = _decided.get(problem)
@@ -156,12 +156,6 @@ def _decide_on_cpu(input: Tensor, weight: Tensor, geometry: Geometry, work: str,
     _decided[problem] = (own, "measured" if measured else "by its limit, no time left to measure")
     _log.info("%s: %s", problem, describe_choice(problem))
     return own
-
-
-def _multiplications(input: Tensor, weight: Tensor, geometry: Geometry) -> int:
-    """Of a convolution that keeps the image but for its stride."""
-    stride = geometry[0]
-    return input.size(0) * input.size(2) * input.size(3) * weight.numel() // (stride[0] * stride[1])
 
 
 def _problem(input: Tensor, weight: Tensor, geometry: Geometry, work: str) -> trials.Problem:

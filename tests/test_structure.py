@@ -40,6 +40,7 @@ LAYERS = [
     {"identity_units"},
     {"choice"},
     {"serving"},
+    {"units"},
     {"functional"},
     {"synchronised", "dense", "pooled"},
     {"calls"},
