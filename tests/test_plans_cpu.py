@@ -75,6 +75,29 @@ def test_written_limits_for_little_work_and_where_measuring_is_off(setting, cloc
 
 
 @pytest.mark.parametrize(
+    ("batch", "threads", "size", "work", "ours"),
+    [
+        (1, 2, 8, "forward", True),  # so little that the other thread is not missed
+        (1, 2, 32, "forward", False),
+        (1, 2, 32, "dense block", True),
+        (1, 16, 32, "dense block", False),
+        (6, 8, 32, "backward", True),
+        (5, 8, 32, "backward", False),
+        (9, 8, 32, "backward", False),
+        (9, 8, 32, "dense block", True),
+        (9, 8, 4, "backward", True),
+        (64, 16, 32, "forward", True),
+    ],
+)
+def test_threads_are_not_left_without_an_image(batch, threads, size, work, ours, monkeypatch):
+    monkeypatch.setattr(cpp, "_threads", lambda: threads)
+    x, weight = operands(64, 64, 3, batch, size)
+    assert fuses(x, weight, SAME, work) is ours
+    pointwise = operands(16, 64, 1, 1, 32)
+    assert fuses(*pointwise), "pixels are divided among threads"
+
+
+@pytest.mark.parametrize(
     ("kernels", "library"), [(True, True), (False, True), (False, False)], ids=str
 )
 def test_bfloat16_is_ours_where_the_processor_does_not_multiply_it(kernels, library, monkeypatch):
