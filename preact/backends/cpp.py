@@ -186,7 +186,7 @@ def occupies_threads(input: Tensor, weight: Tensor, geometry: Geometry, work: st
     return rounds * all_images // batch - all_images // threads <= _IDLE
 
 
-def multiplications(input: Tensor, weight: Tensor, stride: tuple[int, int]) -> int:
+def multiplications(input: Tensor, weight: Tensor, stride: tuple[int, ...]) -> int:
     """Of a convolution that keeps the image but for its stride."""
     return input.size(0) * input.size(2) * input.size(3) * weight.numel() // (stride[0] * stride[1])
 
