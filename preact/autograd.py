@@ -196,8 +196,8 @@ def unit_forward(
     parameters: Sequence[Tensor | None],
     saved: list[Tensor | None],
 ) -> tuple[Tensor, ...]:
-    """What ``ResidualUnit`` takes and returns; what backward needs of each layer, its input, mean,
-    variance and activation or None, is added to ``saved``."""
+    """What ``ResidualUnit`` takes and returns. Where ``settings.save``, what backward needs of each
+    layer is added to ``saved``: its input, mean, variance and activation or None."""
     table = backends.table(backend)
     eps, batch_stats, geometries, projection, fuses, save, save_activation, return_statistics = (
         settings

@@ -54,6 +54,7 @@ def settings_for(
         return None
     save = torch.is_grad_enabled()
     training = save and input.requires_grad
+    last = memory_format_of(input) == torch.channels_last
     found: list[Geometry] = []
     for index, ((norm, conv), geometry) in enumerate(zip(layers, geometries, strict=True)):
         wanted = {
@@ -68,7 +69,7 @@ def settings_for(
         works += ["backward"] if training else []
         # The layers' inputs are of one type and layout, those of the unit's.
         shape = shapes[index]
-        x = input if shape == tuple(input.shape) else like(input, shape)
+        x = input if shape == tuple(input.shape) else like(input, shape, last)
         if not all(
             plans.fuses_convolution("cpp", x, conv.weight, geometry, work, input.dtype)
             for work in works
@@ -92,11 +93,10 @@ def joined(units: Sequence[Settings]) -> Settings | None:
     return Settings(eps, batch_stats, geometries, numbers, units[0].differentiable, units[0].depth)
 
 
-def like(input: Tensor, shape: tuple[int, ...]) -> Tensor:
+def like(input: Tensor, shape: tuple[int, ...], channels_last: bool) -> Tensor:
     """What an inner layer of ``input``'s unit takes, to be looked at only."""
-    return torch.empty(
-        shape, dtype=input.dtype, device=input.device, memory_format=memory_format_of(input)
-    )
+    format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=format)
 
 
 def run(

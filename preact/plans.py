@@ -105,7 +105,7 @@ def fuses_convolution(
         if current() in ("A", "B"):
             return False
         if input.device.type == "cuda":
-            return cpp.serves_pointwise(input, weight, geometry)
+            return cpp.serves_pointwise(input, weight, geometry, dtype)
         if input.device.type != "cpu" or not cpp.serves_direct(*prefix, dtype):
             return False
         most = cpp.most_weights(*prefix)

@@ -49,6 +49,9 @@ def key_of(
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or carries_tangents()
+        # Under these nothing is measured, and a call after them shall be.
+        or torch._C._len_torch_dispatch_stack() > 0
+        or tuning.is_paused()
     ):
         return None
     backend = backends.choose("cpu")
@@ -61,8 +64,8 @@ def key_of(
         torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(),
         backend, plans.current(), tuning.setting(),
     ]  # fmt: skip
-    for running_mean, running_var, weight, bias, training, _, eps in norms:
-        parts += (training, eps)
+    for running_mean, running_var, weight, bias, training, momentum, eps in norms:
+        parts += (training, momentum is None, eps)
         for tensor in (running_mean, running_var, weight, bias):
             if tensor is None:
                 parts.append(None)
@@ -71,7 +74,7 @@ def key_of(
     for weight, bias, stride, padding, dilation, groups in convs:
         parts += (
             stride, padding, dilation, groups,
-            weight.shape, weight.dtype, weight.requires_grad, weight.is_cpu,
+            weight.shape, weight.dtype, weight.requires_grad, weight.is_cpu, weight.stride(),
         )  # fmt: skip
         if bias is None:
             parts.append(None)

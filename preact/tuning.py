@@ -117,7 +117,7 @@ def why_not(device: torch.device) -> str:
         return "PREACT_TUNE=off"
     if torch.are_deterministic_algorithms_enabled():
         return "deterministic algorithms are asked for"
-    if getattr(_thread, "paused", False):
+    if is_paused():
         return "measuring is paused"
     return "a CUDA graph is being captured" if capturing(device) else ""
 
@@ -127,10 +127,14 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def is_paused() -> bool:
+    return getattr(_thread, "paused", False)
+
+
 @contextmanager
 def paused() -> Iterator[None]:
     """Written defaults, unless measured before, for this thread's calls inside the block."""
-    before = getattr(_thread, "paused", False)
+    before = is_paused()
     _thread.paused = True
     try:
         yield

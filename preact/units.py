@@ -19,6 +19,7 @@ from .checks import compute_type
 from .identity_units import like
 from .plans import Geometry
 from .prefix import fused_forward
+from .reference import memory_format_of
 from .remembered import carries_tangents
 from .running_stats import running_statistics, update_running_stats
 from .serving import parameters_of
@@ -52,9 +53,11 @@ def prepare(
     the result."""
     own = tuple(geometries[: len(layers)])
     fuses: list[tuple[bool, ...]] = []
+    # The library's results are in channels_last where either operand is, ours where the input is.
+    last = memory_format_of(input) == torch.channels_last
     for index, (norm, conv) in enumerate(layers):
-        # The layers' inputs are of one type and layout, those of the unit's.
-        x = input if index == 0 else like(input, shapes[index])
+        x = input if index == 0 else like(input, shapes[index], last)
+        last = last or memory_format_of(conv.weight) == torch.channels_last
         convs = [(conv.weight, own[index], compute_type(conv.weight))]
         projected = index == 0 and projection is not None
         if projected:

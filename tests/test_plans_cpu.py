@@ -77,8 +77,11 @@ def test_written_limits_for_little_work_and_where_measuring_is_off(setting, cloc
 @pytest.mark.parametrize(
     ("batch", "threads", "size", "work", "ours"),
     [
-        (1, 2, 8, "forward", True),  # so little that the other thread is not missed
-        (1, 2, 32, "forward", False),
+        (1, 2, 8, "backward", True),  # so little that the other thread is not missed
+        (1, 2, 32, "backward", False),
+        (1, 2, 32, "forward", True),  # bands of rows
+        (1, 4, 32, "forward with statistics", True),
+        (1, 16, 32, "forward", False),  # of which there are 4
         (1, 2, 32, "dense block", True),
         (1, 16, 32, "dense block", False),
         (6, 8, 32, "backward", True),
@@ -95,6 +98,13 @@ def test_threads_are_not_left_without_an_image(batch, threads, size, work, ours,
     assert fuses(x, weight, SAME, work) is ours
     pointwise = operands(16, 64, 1, 1, 32)
     assert fuses(*pointwise), "pixels are divided among threads"
+
+
+@pytest.mark.parametrize(("size", "ours"), [(14, False), (16, True)])
+def test_many_weights_for_few_pixels_are_the_librarys(size, ours, monkeypatch):
+    monkeypatch.setenv("PREACT_TUNE", "off")
+    assert fuses(*operands(256, 512, 1, 1, size)) is ours
+    assert fuses(*operands(64, 512, 1, 1, size)), "few weights"
 
 
 @pytest.mark.parametrize(

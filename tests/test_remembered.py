@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
 import preact
-from preact import autograd, checks, remembered
+from preact import autograd, checks, remembered, tuning
 from preact import functional as PF
 from preact.backends import available
 
@@ -40,7 +41,10 @@ def checked(monkeypatch):
 def functions(monkeypatch):
     """Names of the autograd Functions that ran."""
     ran = []
-    for function in (autograd.BatchNormReLU, autograd.BatchNormReLUConv2d, autograd.IdentityAdd):
+    for function in (
+        autograd.BatchNormReLU, autograd.BatchNormReLUConv2d, autograd.IdentityAdd,
+        autograd.ResidualUnit,
+    ):  # fmt: skip
         forward = function.forward
 
         def noting(*arguments, forward=forward, name=function.__name__):
@@ -57,6 +61,13 @@ def prefix_and_input(**options):
     return module, torch.randn(4, 8, 6, 6)
 
 
+def unit_and_input(memory_format):
+    """One that is no op of its own, and what it takes."""
+    torch.manual_seed(0)
+    unit = preact.PreActBasicBlock(8, 16, 2).to(memory_format=memory_format)
+    return unit, torch.randn(4, 8, 6, 6).to(memory_format=memory_format)
+
+
 CALLS = {
     "norm": lambda: (preact.BatchNormReLU2d(8), torch.randn(4, 8, 6, 6)),
     "prefix": prefix_and_input,
@@ -64,6 +75,8 @@ CALLS = {
         preact.PreActBasicBlock(16, 16).to(memory_format=torch.channels_last),
         torch.randn(4, 16, 6, 6).to(memory_format=torch.channels_last).requires_grad_(),
     ),
+    "unit with a projection": lambda: unit_and_input(torch.channels_last),
+    "contiguous unit": lambda: unit_and_input(torch.contiguous_format),
 }
 
 
@@ -144,24 +157,93 @@ def test_what_was_remembered_still_refuses(grad):
     module(x, residual)
 
 
+def layers_and_projection():
+    """Of a unit with biases, as the functions take them."""
+    torch.manual_seed(0)
+    norms = [
+        PF.Norm(torch.zeros(c), torch.ones(c), torch.rand(c), torch.rand(c), True, 0.1, 1e-5)
+        for c in (8, 16)
+    ]
+    convs = [
+        PF.Conv(torch.randn(16, c, k, k) * 0.1, torch.rand(16), 1, k // 2, 1, 1)
+        for c, k in ((8, 3), (16, 3), (8, 1))
+    ]
+    return list(zip(norms, convs[:2], strict=True)), convs[2]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_remembered_unit_still_refuses(training):
+    (first, (norm, conv)), projection = layers_and_projection()
+    norm, first = norm._replace(training=training), (first[0]._replace(training=training), first[1])
+    x = torch.randn(4, 8, 6, 6)
+    PF.residual_unit(x, [first, (norm, conv)], projection)
+    vectors = [vector for of in (first[0], norm) for vector in of[:2]]
+    before = [vector.clone() for vector in vectors]
+    for wrong, of_shortcut, error in [
+        ((norm._replace(momentum=None), conv), projection, TypeError),
+        ((norm._replace(eps=0.0), conv), projection, ValueError),
+        ((norm._replace(weight=torch.ones(5)), conv), projection, RuntimeError),
+        ((norm, conv._replace(bias=torch.ones(5))), projection, RuntimeError),
+        ((norm, conv._replace(weight=torch.ones(16, 5, 3, 3))), projection, RuntimeError),
+        ((norm, conv), projection._replace(weight=torch.ones(16, 9, 1, 1)), RuntimeError),
+    ]:
+        with pytest.raises(error):
+            PF.residual_unit(x, [first, wrong], of_shortcut)
+    assert all(map(torch.equal, vectors, before))
+
+
+def test_units_that_differ_are_told_apart(checked):
+    (first, second), projection = layers_and_projection()
+    wide = torch.randn(4, 16, 6, 6)
+    calls = [
+        lambda: PF.residual_unit(wide, [second, second]),
+        lambda: PF.residual_unit(wide, [second], second[1]),
+        lambda: PF.residual_unit(wide, [second, second], return_statistics=True),
+        lambda: PF.residual_unit(wide, [second, second], save_activation=True),
+        lambda: PF.residual_unit(wide[:, :8].contiguous(), [first, second], projection),
+    ]
+    for call in calls:
+        before = len(checked)
+        results = [call() for _ in range(2)]
+        assert len(checked) == before + 1
+        assert torch.equal(results[0][0], results[1][0])
+        assert (results[1][1] is not None) is (call is calls[2])
+
+
+@pytest.mark.parametrize(
+    "mode", [tuning.paused, lambda: FlopCounterMode(display=False)], ids=["paused", "counting"]
+)
+def test_where_nothing_may_be_measured_nothing_is_remembered(mode, checked):
+    unit, x = unit_and_input(torch.channels_last)
+    with mode():
+        unit(x)
+        unit(x)
+    assert len(checked) == 2
+    assert not remembered._calls
+
+
 def test_no_function_where_nobody_asks_for_a_gradient(functions):
     module, x = prefix_and_input()
+    unit, narrow = unit_and_input(torch.channels_last)
     norm = preact.BatchNormReLU2d(8)
     frozen = prefix_and_input()[0].requires_grad_(False)
     for _ in range(2):
         with torch.no_grad():
             module(x), norm(x)
             PF.identity_add(x, x, return_statistics=True)
+            unit(narrow)
         with torch.inference_mode():
-            module(x)
+            module(x), unit(narrow)
         assert not frozen(x).requires_grad
         PF.identity_add(x, x, return_statistics=True)
     assert functions == []
     frozen(x.clone().requires_grad_()).sum().backward()
     module(x), norm(x)
     PF.identity_add(x, x.clone().requires_grad_(), return_statistics=True)
+    unit(narrow)
     assert functions == [
         "BatchNormReLUConv2d", "BatchNormReLUConv2d", "BatchNormReLU", "IdentityAdd",
+        "ResidualUnit",
     ]  # fmt: skip
 
 

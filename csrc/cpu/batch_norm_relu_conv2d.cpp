@@ -14,9 +14,11 @@ std::tuple<Tensor, Tensor> direct(const Tensor& input, const Affine<float>& affi
                                   const OptionalTensor& residual, const Conv2dShape& shape,
                                   const Tensor& output) {
   DirectForward<T> task;
-  task.blocks = DirectBlocks::of(shape);
+  const int64_t staged_row = blocks_of(shape.in_channels) * kBlock * sizeof(float) * shape.in_w;
+  task.blocks = DirectBlocks::of_result(
+      shape, staged_row * shape.stride_h + shape.out_channels * sizeof(T) * shape.out_w);
   const Conv2dShape& blocks = task.blocks.shape;
-  task.winograd = has_winograd(blocks);
+  task.winograd = has_winograd(shape);
   float* weights;
   if (task.winograd) {
     task.staged = stage_winograd_input(blocks);

@@ -10,7 +10,9 @@ std::tuple<Tensor, Tensor> tiled_forward(const Tensor& input, const Affine<float
                                          const Tensor& conv_weight, const OptionalTensor& bias,
                                          const OptionalTensor& residual, const Conv2dShape& shape,
                                          const Tensor& output) {
-  const DirectBlocks direct = DirectBlocks::of(shape);
+  const int64_t row =
+      padded(shape.in_channels) * shape.in_w * shape.stride_h + shape.out_channels * shape.out_w;
+  const DirectBlocks direct = DirectBlocks::of_result(shape, row * sizeof(BFloat16));
   const Conv2dShape& blocks = direct.shape;
   const Staged staged = stage_input(blocks);
   Tensor mean = empty_vector(output), var = empty_vector(output);

@@ -145,29 +145,44 @@ template <bool NARROW>
 void forward_blocks(const cpu::TileForward& task, BFloat16* staged, int64_t begin, int64_t end,
                     TileMoments& moments) {
   const Conv2dShape& s = task.blocks.shape;
+  const int64_t row = task.staged.columns * cpu::padded(s.in_channels);  // of the staged map
+  const auto input_from = [&](int64_t first) {
+    return task.input + first * s.in_w * task.input_stride;
+  };
+  cpu::TileGather gather = task.gather;
   const ForwardEpilogue<NARROW> epilogue{task.bias.empty() ? nullptr : task.bias.data(),
                                          task.residual, task.output, &moments};
   for (int64_t block = begin; block < end; ++block) {
     const int64_t columns = task.blocks.columns(block, s.out_w);
-    const int64_t offset = block * s.out_h * s.out_w * task.output_stride;
+    const int64_t rows = task.blocks.rows(block);
+    const int64_t offset = task.blocks.first_row(block) * s.out_w * task.output_stride;
+    const cpu::BlockRows in = task.blocks.input_rows(block, task.staged);
+    cpu::Staged placed = task.staged;
+    placed.top = in.staged;
+    if (task.blocks.bands > 1) {  // at the edge of its image a band has no input for some rows
+      const int64_t end = in.staged + in.count;
+      std::fill_n(staged, in.staged * row, BFloat16{});
+      std::fill_n(staged + end * row, (task.staged.rows - end) * row, BFloat16{});
+    }
     const TileActivation source{task.norm.mean.data(), task.norm.scale.data(),
-                                task.norm.shift.data(),
-                                task.input + block * s.in_h * s.in_w * task.input_stride};
-    stage_tiles(source, s.in_h, task.blocks.columns(block, s.in_w), s.in_w, task.input_stride,
-                task.staged, staged);
+                                task.norm.shift.data(), input_from(in.first)};
+    stage_tiles(source, in.count, task.blocks.columns(block, s.in_w), s.in_w, task.input_stride,
+                placed, staged);
+    gather.gather.rows = rows;
     Ahead ahead;
     if (block + 1 < s.batch) {
-      const int64_t in = s.in_h * s.in_w, out = s.out_h * s.out_w;
-      const int64_t next = offset + out * task.output_stride;
-      ahead.add(source.map + in * task.input_stride, in, s.in_channels, task.input_stride);
+      const cpu::BlockRows after = task.blocks.input_rows(block + 1, task.staged);
+      const int64_t out = task.blocks.rows(block + 1) * s.out_w;
+      const int64_t next = offset + rows * s.out_w * task.output_stride;
+      ahead.add(input_from(after.first), after.count * s.in_w, s.in_channels, task.input_stride);
       ahead.add(task.residual ? task.residual + next : nullptr, out, s.out_channels,
                 task.output_stride);
       ahead.add(task.output + next, out, s.out_channels, task.output_stride);
     }
-    ahead.spread(tile_work<NARROW>(task.gather, columns, s.out_channels));
-    tile_map<NARROW>(task.gather, columns, s.stride_w, staged, task.staged, task.weights,
-                     s.out_channels, s.out_w, task.output_stride, offset, epilogue, ahead);
-    moments.add(s.out_h * columns);
+    ahead.spread(tile_work<NARROW>(gather, columns, s.out_channels));
+    tile_map<NARROW>(gather, columns, s.stride_w, staged, task.staged, task.weights, s.out_channels,
+                     s.out_w, task.output_stride, offset, epilogue, ahead);
+    moments.add(rows * columns);
   }
   moments.merge();
 }

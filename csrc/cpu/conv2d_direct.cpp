@@ -104,23 +104,47 @@ std::vector<Gather> backward_gathers(const Conv2dShape& s, const Staged& grad_ou
 DirectBlocks DirectBlocks::of(const Conv2dShape& shape) {
   // A block of a pointwise convolution: its pixels of one group of channels fill half of the
   // first-level cache at most, and are a multiple of every tile's width where there are many.
-  constexpr int64_t kGroup = kBlock * sizeof(float), kFew = 16;
-  if (!is_pointwise(shape)) return {shape, 0};
+  constexpr int64_t kGroup = kBlock * sizeof(float), kFew = 16, kLeastPixels = 32;
+  if (!is_pointwise(shape)) return {shape, 0, 1, shape.in_h, shape.out_h};
   const int64_t most = fill_half(kGroup);
   const int64_t pixels = shape.batch * shape.in_h * shape.in_w;
   Conv2dShape flat = shape;
   flat.batch = (pixels + most - 1) / most;
   int64_t size = most;
   if (flat.batch < kFew) {
-    // A few shall not leave a thread without work: an even number of nearly one size.
-    if (flat.batch > 1) flat.batch += flat.batch % 2;
+    // A few shall not leave a thread without work: an even number of nearly one size, or where there
+    // is not even an image for each thread, as many as give each some pixels.
+    const int64_t threads = torch::stable::get_num_threads();
+    if (shape.batch < threads) {
+      flat.batch = std::max(flat.batch, std::min(threads, pixels / kLeastPixels));
+    } else if (flat.batch > 1) {
+      flat.batch += flat.batch % 2;
+    }
     size = (pixels + flat.batch - 1) / flat.batch;
     size += (4 - size % 4) % 4;
     flat.batch = (pixels + size - 1) / size;
   }
   flat.in_h = flat.out_h = 1;
   flat.in_w = flat.out_w = size;
-  return {flat, flat.batch * size - pixels};
+  return {flat, flat.batch * size - pixels, 1, 1, 1};
+}
+
+DirectBlocks DirectBlocks::of_result(const Conv2dShape& shape, int64_t bytes) {
+  constexpr int64_t kLeastRows = 8;
+  const int64_t reach = (shape.kernel_h - 1) * shape.dilation_h;
+  DirectBlocks blocks = of(shape);
+  if (is_pointwise(shape) || 2 * shape.padding_h > reach) return blocks;
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t wanted =
+      std::max(ceil_div(shape.out_h * bytes, caches().second / 2), ceil_div(threads, shape.batch));
+  int64_t rows = std::max(ceil_div(shape.out_h, wanted), kLeastRows);
+  rows += rows % 2;  // tiles of Winograd's are two rows high
+  blocks.bands = ceil_div(shape.out_h, rows);
+  if (blocks.bands == 1) return blocks;
+  blocks.shape.batch *= blocks.bands;
+  blocks.shape.out_h = rows;
+  blocks.shape.in_h = (rows - 1) * shape.stride_h + reach + 1 - 2 * shape.padding_h;
+  return blocks;
 }
 
 BlockChunks::BlockChunks(const Conv2dShape& shape, int64_t most)

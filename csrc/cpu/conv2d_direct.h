@@ -52,14 +52,42 @@ inline bool is_pointwise(const Conv2dShape& s) {
          s.padding_w == 0;
 }
 
+// Rows of an image in a block, and where they stand in the block's staged map.
+struct BlockRows {
+  int64_t first, count, staged;
+};
+
 // What is worked on at a time, staged, convolved and reduced while it is in the cache: an image, or
 // for a pointwise convolution a run of pixels. `shape` is that of the blocks, its batch their
-// count.
+// count. Of a forward an image may be several blocks, bands of `shape.out_h` rows of the result,
+// the last of an image shorter: they read some rows of their neighbours, which is all that it
+// costs.
 struct DirectBlocks {
   Conv2dShape shape;
-  int64_t missing;  // pixels that the last block lacks
+  int64_t missing;      // pixels that the last block lacks
+  int64_t bands;        // blocks of an image
+  int64_t in_h, out_h;  // of an image
 
   static DirectBlocks of(const Conv2dShape& shape);
+  // Of a forward that takes `bytes` for each row of the result: bands where an image is not for the
+  // second-level cache, or where there are fewer images than threads.
+  static DirectBlocks of_result(const Conv2dShape& shape, int64_t bytes);
+
+  // A block's rows of the result, counted through all images.
+  int64_t first_row(int64_t block) const {
+    return block / bands * out_h + block % bands * shape.out_h;
+  }
+  int64_t rows(int64_t block) const {
+    const int64_t before = block % bands * shape.out_h;
+    return before + shape.out_h < out_h ? shape.out_h : out_h - before;
+  }
+  // Its rows of the input, counted so as well; others of the staged map are border.
+  BlockRows input_rows(int64_t block, const Staged& staged) const {
+    const int64_t start = block % bands * shape.out_h * shape.stride_h - shape.padding_h;
+    const int64_t from = start < 0 ? -start : 0;
+    const int64_t to = staged.rows < in_h - start ? staged.rows : in_h - start;
+    return {block / bands * in_h + start + from, to > from ? to - from : 0, from};
+  }
 
   // Columns of a block, of `width` columns in a whole one.
   int64_t columns(int64_t block, int64_t width) const {
@@ -67,7 +95,7 @@ struct DirectBlocks {
   }
   // Pixels of the convolution's result in blocks [begin, end).
   int64_t pixels(int64_t begin, int64_t end) const {
-    return (end - begin) * shape.out_h * shape.out_w - (end == shape.batch ? missing : 0);
+    return (first_row(end) - first_row(begin)) * shape.out_w - (end == shape.batch ? missing : 0);
   }
 };
 

@@ -11,7 +11,7 @@ constexpr int64_t kTileElements = 8192;  // the same within one channel's planes
 // Of a few values all are the sample: the mean of some of them as the shift would cost the variance
 // some of its last digits.
 constexpr int64_t kFew = 32;
-constexpr int64_t kSampleRows = 4;
+constexpr int64_t kSampleRows = 8;
 
 template <typename A>
 struct ShiftedSums {

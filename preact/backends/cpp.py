@@ -154,6 +154,9 @@ _MOST_WEIGHTS_TILES = {
     "dense block": 300_000,
 }
 _MOST_WEIGHTS_TILES_FEW_TAPS = 350_000
+# For 196 pixels those of 131,000 to 590,000 weights ran at 0.64 to 0.98 of the library's speed in
+# both types, for 588 at 0.77 to 1.21.
+_PIXELS, _MOST_WEIGHTS_FEW_PIXELS = 256, 100_000
 # Where the processor does not multiply bfloat16, the library takes 2 (AVX-512) to 10 times (AVX2)
 # as long as in float32, and ours little longer: 0.06 to 0.82 of its time in all that was measured.
 _MOST_WEIGHTS_WIDENED = 2_400_000
@@ -167,23 +170,37 @@ def _threads() -> int:
 # Shares of the threads that are to have an image, on average until the last is done. A dense block
 # saves so much between its convolutions that on two threads it wins with one image.
 _OCCUPIED, _OCCUPIED_DENSE = 0.75, 0.5
+# Rows of a band, at least (DirectBlocks::of_result).
+_BAND_ROWS = 8
 # Multiplications that idle threads may leave to the others: about 20 us, less than one op instead
 # of three saves.
 _IDLE = 1_500_000
 
 
 def occupies_threads(input: Tensor, weight: Tensor, geometry: Geometry, work: str) -> bool:
-    """Whether images keep the threads busy, or there is too little to do to miss one: only
-    pointwise convolutions divide an image among threads."""
+    """Whether images keep the threads busy, or there is too little to do to miss one. Pointwise
+    convolutions divide pixels among threads, others images, in forward those of a batch smaller
+    than the threads into bands of rows."""
     stride, padding, _, _ = geometry
     if weight.shape[2:] == (1, 1) and stride == (1, 1) and padding == (0, 0):
         return True
-    batch, threads = input.size(0), _threads()
-    rounds = -(-batch // threads)
-    if batch >= (_OCCUPIED_DENSE if work == "dense block" else _OCCUPIED) * rounds * threads:
+    blocks, threads = input.size(0), _threads()
+    if work.startswith("forward"):
+        blocks *= bands(input, weight, geometry, threads)
+    rounds = -(-blocks // threads)
+    if blocks >= (_OCCUPIED_DENSE if work == "dense block" else _OCCUPIED) * rounds * threads:
         return True
-    all_images = multiplications(input, weight, stride)
-    return rounds * all_images // batch - all_images // threads <= _IDLE
+    whole = multiplications(input, weight, stride)
+    return rounds * whole // blocks - whole // threads <= _IDLE
+
+
+def bands(input: Tensor, weight: Tensor, geometry: Geometry, threads: int) -> int:
+    """Into how many the kernels divide an image in forward for the sake of ``threads``."""
+    stride, padding, dilation, _ = geometry
+    if input.size(0) >= threads or 2 * padding[0] > (weight.size(2) - 1) * dilation[0]:
+        return 1
+    height, wanted = -(-input.size(2) // stride[0]), -(-threads // input.size(0))
+    return -(-height // max(-(-height // wanted), _BAND_ROWS))
 
 
 def multiplications(input: Tensor, weight: Tensor, stride: tuple[int, ...]) -> int:
@@ -218,8 +235,9 @@ def serves_direct(
 def most_weights(input: Tensor, weight: Tensor, geometry: Geometry, work: str) -> int:
     """The written limit: weights up to which our convolution is the faster one.
 
-    A pointwise convolution that widens the map and does nothing more than that is faster in the
-    library (0.69 to 1.01 of its time in ours): it reads little that a prologue could save.
+    They are arranged anew at each call, which takes long where there are few pixels. A pointwise
+    convolution that widens the map and does nothing more than that is faster in the library (0.69
+    to 1.01 of its time in ours): it reads little that a prologue could save.
     """
     if input.dtype == torch.bfloat16 and not _multiplies_bfloat16():
         # Built without them, or lowered: nothing is known to win against a library that has them.
@@ -229,6 +247,8 @@ def most_weights(input: Tensor, weight: Tensor, geometry: Geometry, work: str) -
         return 0
     if work == "forward with residual":  # which it takes as cheaply as statistics
         work = "forward with statistics"
+    if work != "dense block" and multiplications(input, weight, stride) < _PIXELS * weight.numel():
+        return _MOST_WEIGHTS_FEW_PIXELS
     if input.dtype == torch.bfloat16:
         few_taps = weight.shape[2:] == (1, 1) or stride == (2, 2)
         if few_taps and work in ("forward with statistics", "backward"):
@@ -248,6 +268,7 @@ def serves_pointwise(
     input: Tensor,
     weight: Tensor,
     geometry: Geometry,
+    dtype: torch.dtype,
 ) -> bool:
     """Whether the CUDA matrix product runs a 1x1 convolution with its BN-ReLU.
 
@@ -255,7 +276,7 @@ def serves_pointwise(
     """
     _, padding, _, groups = geometry
     return (
-        input.dtype == weight.dtype
+        input.dtype == dtype
         and input.dtype in _POINTWISE_DTYPES
         and groups == 1
         and tuple(weight.shape[2:]) == (1, 1)
