@@ -49,9 +49,6 @@ def key_of(
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or carries_tangents()
-        # Under these nothing is measured, and a call after them shall be.
-        or torch._C._len_torch_dispatch_stack() > 0
-        or tuning.is_paused()
     ):
         return None
     backend = backends.choose("cpu")
@@ -99,8 +96,9 @@ def known(key: Key | None) -> Any:
 
 
 def remember(key: Key | None, settings: object) -> None:
-    """Keep ``settings`` for the calls of ``key``."""
-    if key is None:
+    """Keep ``settings`` for the calls of ``key``, unless measuring is paused: one after that shall
+    decide for itself."""
+    if key is None or tuning.is_paused():
         return
     if len(_calls) >= _MOST:
         _calls.clear()

@@ -213,6 +213,46 @@ def test_a_batch_that_leaves_threads_idle_keeps_the_library():
 
 
 @pytest.mark.usefixtures("keeps_threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [16, 24, 40])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "dilation"),
+    [
+        (3, 1, 1, 1),
+        (3, 1, 0, 1),
+        (3, 2, 1, 1),
+        (3, 1, 2, 2),
+        (5, 2, 2, 1),
+        (7, 1, 3, 1),
+        (1, 2, 0, 1),
+    ],
+)
+def test_bands_of_rows_give_what_whole_images_do(
+    kernel, stride, padding, dilation, channels, dtype
+):
+    """With fewer images than threads a thread takes some rows of an image in forward."""
+    generator = torch.Generator().manual_seed(0)
+    geometry = ([stride] * 2, [padding] * 2, [dilation] * 2, 1)
+    for batch, height in [(1, 17), (1, 40), (2, 33), (3, 64)]:
+        x, weight, bias = (
+            torch.randn(shape, generator=generator).to(dtype)
+            for shape in ((batch, channels, height, 19), (32, channels, kernel, kernel), (32,))
+        )
+        x = x.contiguous(memory_format=CHANNELS_LAST)
+        vectors = (torch.ones(channels) * 0.1, torch.ones(channels), None, None)
+        residual = torch.nn.functional.conv2d(x, weight * 0.1, None, *geometry)
+        found = []
+        for threads in (1, 8):
+            torch.set_num_threads(threads)
+            found.append(
+                OPS.batch_norm_relu_conv2d(x, *vectors, 1e-5, weight, bias, residual, *geometry)
+            )
+        assert torch.equal(found[0][0], found[1][0])
+        for one, other in zip(found[0][1:], found[1][1:], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("keeps_threads")
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_numbers_of_threads_that_share_evenly_agree_and_others_nearly(kernel, dtype):

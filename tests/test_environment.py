@@ -92,6 +92,7 @@ def test_the_instruction_set_can_be_lowered(used: str) -> None:
     [
         ("16384,262144", "16 KiB", "256 KiB"),
         ("1,1", "8 KiB", "64 KiB"),
+        ("262144,1073741824", "64 KiB", "65536 KiB"),
         ("0,-1", "32 KiB", "512 KiB"),
     ],
 )

@@ -239,11 +239,11 @@ def test_far_from_the_limit_nothing_is_measured(clock, monkeypatch):
 def test_a_first_call_of_one_image_says_nothing_of_a_batch(clock, monkeypatch):
     monkeypatch.setenv("PREACT_TUNE", "measure")
     monkeypatch.setattr(cpp, "_threads", lambda: 2)
-    assert not fuses(*operands(256, 512, batch=1))
+    assert not fuses(*operands(256, 512, batch=1, size=16))
     assert not fuses(*operands(64, 256, 3, batch=1), SAME), "an image is one thread's: not ours"
     assert clock["asked"] == 2
     clock["other"] = 2.0
-    assert fuses(*operands(256, 512, batch=8)), "measured for itself"
+    assert fuses(*operands(256, 512, batch=8, size=16)), "measured for itself"
     assert clock["asked"] == 3
 
 

@@ -29,7 +29,9 @@ Caches reported() {
 }
 
 Caches detect() {
-  constexpr Caches kLeast{8 << 10, 64 << 10}, kUsual{32 << 10, 512 << 10}, kMost{1 << 20, 64 << 20};
+  // Blocks for a larger first level would make sums of single precision longer, which round worse.
+  constexpr Caches kLeast{8 << 10, 64 << 10}, kUsual{32 << 10, 512 << 10},
+      kMost{64 << 10, 64 << 20};
   Caches found = reported();
   if (const char* const wanted = std::getenv("PREACT_CPU_CACHES")) {
     long long first = 0, second = 0;

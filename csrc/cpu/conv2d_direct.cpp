@@ -112,8 +112,8 @@ DirectBlocks DirectBlocks::of(const Conv2dShape& shape) {
   flat.batch = (pixels + most - 1) / most;
   int64_t size = most;
   if (flat.batch < kFew) {
-    // A few shall not leave a thread without work: an even number of nearly one size, or where there
-    // is not even an image for each thread, as many as give each some pixels.
+    // A few shall not leave a thread without work: an even number of nearly one size, or where
+    // there is not even an image for each thread, as many as give each some pixels.
     const int64_t threads = torch::stable::get_num_threads();
     if (shape.batch < threads) {
       flat.batch = std::max(flat.batch, std::min(threads, pixels / kLeastPixels));
