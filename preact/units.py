@@ -13,18 +13,16 @@ import torch
 from torch import Tensor
 
 from . import autograd
-from .arguments import Conv, Norm, Statistics
+from .arguments import Conv, Statistics
 from .autograd import UnitSettings
 from .checks import compute_type
-from .identity_units import like
+from .identity_units import Layers, like
 from .plans import Geometry
 from .prefix import fused_forward
 from .reference import memory_format_of
 from .remembered import carries_tangents
 from .running_stats import running_statistics, update_running_stats
 from .serving import parameters_of
-
-Layers = Sequence[tuple[Norm, Conv]]
 
 
 class Prepared(NamedTuple):
@@ -35,8 +33,6 @@ class Prepared(NamedTuple):
     """None where the unit runs prefix by prefix."""
     counts: tuple[int, ...] = ()
     """Values per channel that each norm sees."""
-    differentiable: bool = False
-    """Whether somebody may ask for a gradient."""
 
 
 def prepare(
@@ -76,7 +72,7 @@ def prepare(
         return_statistics,
     )
     counts = tuple(batch * height * width for batch, _, height, width in shapes[: len(layers)])
-    return Prepared(backend, settings, counts, torch.is_grad_enabled() or carries_tangents())
+    return Prepared(backend, settings, counts)
 
 
 def run(
@@ -88,7 +84,7 @@ def run(
 ) -> tuple[Tensor, Statistics | None]:
     """What ``functional.residual_unit`` returns; ``first`` are the statistics of ``input``, or the
     running ones in evaluation."""
-    backend, settings, counts, differentiable = prepared
+    backend, settings, counts = prepared
     assert settings is not None
     parameters: list[Tensor | None] = []
     for index, (norm, conv) in enumerate(layers):
@@ -98,7 +94,7 @@ def run(
         parameters += [norm.weight, norm.bias, *known, *parameters_of(conv)]
     if projection is not None:
         parameters += parameters_of(projection)
-    if differentiable:
+    if settings.save or carries_tangents():
         output, *vectors = autograd.ResidualUnit.apply(backend, input, settings, *parameters)
     else:
         output, *vectors = autograd.unit_forward(backend, input, settings, parameters, [])

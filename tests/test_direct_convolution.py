@@ -202,14 +202,15 @@ def test_a_large_mean_does_not_cancel_in_the_statistics():
 
 @pytest.mark.usefixtures("keeps_threads")
 def test_a_batch_that_leaves_threads_idle_keeps_the_library():
-    """An image is one thread's work, except in a pointwise convolution, which divides pixels."""
+    """In backward an image is one thread's work, except in a pointwise convolution, which divides
+    pixels."""
     weight, pointwise = torch.randn(64, 64, 3, 3), torch.randn(64, 64, 1, 1)
     geometry, pointwise_geometry = [((1, 1), (p, p), (1, 1), 1) for p in (1, 0)]
     x = torch.randn(3, 64, 32, 32).contiguous(memory_format=CHANNELS_LAST)
     for count in (1, 3, 4, 5):
         torch.set_num_threads(count)
-        assert cpp.occupies_threads(x, weight, geometry, "forward") == (count <= 4)
-        assert cpp.occupies_threads(x, pointwise, pointwise_geometry, "forward")
+        assert cpp.occupies_threads(x, weight, geometry, "backward") == (count <= 4)
+        assert cpp.occupies_threads(x, pointwise, pointwise_geometry, "backward")
 
 
 @pytest.mark.usefixtures("keeps_threads")

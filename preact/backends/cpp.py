@@ -154,8 +154,8 @@ _MOST_WEIGHTS_TILES = {
     "dense block": 300_000,
 }
 _MOST_WEIGHTS_TILES_FEW_TAPS = 350_000
-# For 196 pixels those of 131,000 to 590,000 weights ran at 0.64 to 0.98 of the library's speed in
-# both types, for 588 at 0.77 to 1.21.
+# For 196 pixels those of 262,000 and 590,000 weights ran at 0.60 to 0.98 of the library's speed in
+# both types, pointwise ones on one of two threads; for 588 at 0.77 to 1.21. The limits are between.
 _PIXELS, _MOST_WEIGHTS_FEW_PIXELS = 256, 100_000
 # Where the processor does not multiply bfloat16, the library takes 2 (AVX-512) to 10 times (AVX2)
 # as long as in float32, and ours little longer: 0.06 to 0.82 of its time in all that was measured.
@@ -167,13 +167,15 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
-# Shares of the threads that are to have an image, on average until the last is done. A dense block
-# saves so much between its convolutions that on two threads it wins with one image.
+# Shares of the threads that are to have an image, on average until the last is done: three images
+# on two threads ran at 1.2 to 1.4 of the library's speed in float32, at 0.75 to 0.81 in bfloat16,
+# where it is measured if there is enough to do. A dense block saves so much between its
+# convolutions that on two threads it wins with one image. More threads were never timed.
 _OCCUPIED, _OCCUPIED_DENSE = 0.75, 0.5
 # Rows of a band, at least (DirectBlocks::of_result).
 _BAND_ROWS = 8
-# Multiplications that idle threads may leave to the others: about 20 us, less than one op instead
-# of three saves.
+# Multiplications that idle threads may leave to the others: by estimate 20 us, less than one op
+# instead of three saves.
 _IDLE = 1_500_000
 
 
