@@ -168,9 +168,10 @@ def _threads() -> int:
 
 
 # Shares of the threads that are to have an image, on average until the last is done: three images
-# on two threads ran at 1.2 to 1.4 of the library's speed in float32, at 0.75 to 0.81 in bfloat16 or
-# with stride 2, where it is measured if there is enough to do. A dense block saves so much between its
-# convolutions that on two threads it wins with one image. More threads were never timed.
+# on two threads ran at 1.2 to 1.4 of the library's speed in float32, at 0.75 to 0.81 in bfloat16
+# or with stride 2, where it is measured if there is enough to do. A dense block saves so much
+# between its convolutions that on two threads it wins with one image. More threads were never
+# timed.
 _OCCUPIED, _OCCUPIED_DENSE = 0.75, 0.5
 # Rows of a band, at least (DirectBlocks::of_result).
 _BAND_ROWS = 8
