@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import operator
 import types
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -65,7 +66,10 @@ def freeze(value: Any) -> Any:
         freeze((value.func, value.args, value.keywords))
         return value
     if type(value) in (tuple, torch.Size):
-        return tuple(freeze(v) for v in value)
+        frozen = tuple(freeze(v) for v in value)
+        # The caller's own tuple, where nothing in it can change: `same` knows it at a glance.
+        unchanged = type(value) is tuple and all(map(operator.is_, frozen, value))
+        return value if unchanged else frozen
     if type(value) is list:
         return [freeze(v) for v in value]
     if type(value) in (set, frozenset):

@@ -30,10 +30,20 @@ from .prefix import (
     cast_like,
     differentiable_backward,
     eager_prefix,
-    fuses_backward,
+    fused_backward,
     prefix_backward,
     prefix_convolutions,
 )
+from .remembered import Kept
+
+
+class BackwardChoice(NamedTuple):
+    """What is decided of a residual unit's layers when its backward runs."""
+
+    fuses: tuple[tuple[bool, ...], ...]
+    """Of each layer which of its convolutions run in kernels of our own."""
+    pending: tuple[bool, ...]
+    """Whether each layer leaves its gradient's last step to the layer before it."""
 
 
 class UnitSettings(NamedTuple):
@@ -49,6 +59,7 @@ class UnitSettings(NamedTuple):
     """Whether a backward may follow; without one, no layer's input outlives the next."""
     save_activation: bool
     return_statistics: bool
+    backward: Kept[BackwardChoice]
 
 
 class BatchNormReLU(torch.autograd.Function):
@@ -158,17 +169,15 @@ class BatchNormReLUConv2d(torch.autograd.Function):
                 [input, weight, bias, *conv_parameters],
             )
             return (None, found[0], None, None, found[1], found[2], grad_residual, *found[3:])
-        result = prefix_backward(
-            settings.backend,
-            input,
-            norm,
-            conv_parameters[::2],
-            geometries,
-            grads,
-            activation,
-            None,
-            Needs(needs[1], needs[4] or needs[5], list(zip(needs[7::2], needs[8::2], strict=True))),
+        wanted = Needs(
+            needs[1], needs[4] or needs[5], list(zip(needs[7::2], needs[8::2], strict=True))
         )
+        described = (settings.backend, input, conv_parameters[::2], geometries)
+        fuses = settings.backward.get(lambda: fused_backward(*described, wanted))
+        result = prefix_backward(
+            settings.backend, input, norm, conv_parameters[::2], geometries, fuses, grads,
+            activation, None, wanted,
+        )  # fmt: skip
         assert not isinstance(result.input, Pending)
         return (
             None, result.input, None, None, cast_like(result.weight, weight) if needs[4] else None,
@@ -199,7 +208,7 @@ def unit_forward(
     """What ``ResidualUnit`` takes and returns. Where ``settings.save``, what backward needs of each
     layer is added to ``saved``: its input, mean, variance and activation or None."""
     table = backends.table(backend)
-    eps, batch_stats, geometries, projection, fuses, save, save_activation, return_statistics = (
+    eps, batch_stats, geometries, projection, fuses, save, save_activation, return_statistics, _ = (
         settings
     )
     save_activation = plans.keeps_activation(save_activation)
@@ -260,25 +269,26 @@ class ResidualUnit(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         backend, settings = ctx.settings
         eps, batch_stats, geometries, projection, *_ = settings
-        layers = len(geometries)
-        saved = ctx.saved_tensors
+        layers, saved = len(geometries), ctx.saved_tensors
         parameters = saved[4 * layers :]
         grad_output = grad_outputs[0]
         needs = ctx.needs_input_grad[3:]
         if grad_output is None:
             return (None,) * (3 + len(parameters))
         if torch.is_grad_enabled():
-            input = saved[0]
             found = differentiable_backward(
-                lambda: [eager_unit(input, settings, saved[1:3], parameters)],
+                lambda: [eager_unit(saved[0], settings, saved[1:3], parameters)],
                 [grad_output],
-                [input, *parameters],
+                [saved[0], *parameters],
             )
             return (None, found[0], None, *found[1:])
 
         gradients: list[Tensor | None] = [None] * len(parameters)
         grad: Tensor | Pending | None = grad_output
         layer_needs = _layer_needs(ctx.needs_input_grad[1], needs, layers, projection is not None)
+        fuses, pending = settings.backward.get(
+            lambda: _decide_backward(backend, settings, saved, parameters, layer_needs)
+        )
         for index in reversed(range(layers)):
             x, mean, var, activation = saved[4 * index : 4 * index + 4]
             first = 6 * index
@@ -291,30 +301,11 @@ class ResidualUnit(torch.autograd.Function):
                 grads.append(grad_output)
             elif index == 0:
                 grad_skip = grad_output
-            leave_pending = False
-            if index > 0:
-                before = layer_needs[index - 1]
-                of_weight, of_bias = before.convs[0]
-                below = (
-                    backend, saved[4 * (index - 1)], parameters[first - 2], geometries[index - 1],
-                )  # fmt: skip
-                leave_pending = (
-                    not of_bias
-                    and fuses_backward(*below, before.activation, of_weight)
-                    and plans.leaves_pending(*below)
-                )
+            norm = Affine(mean, var, weight, bias, eps[index], batch_stats[index])
             result = prefix_backward(
-                backend,
-                x,
-                Affine(mean, var, weight, bias, eps[index], batch_stats[index]),
-                weights,
-                used,
-                grads,
-                activation,
-                grad_skip,
-                layer_needs[index],
-                leave_pending,
-            )
+                backend, x, norm, weights, used, fuses[index], grads, activation, grad_skip,
+                layer_needs[index], pending[index],
+            )  # fmt: skip
             grad = result.input
             if needs[first]:
                 gradients[first] = cast_like(result.weight, weight)
@@ -327,6 +318,30 @@ class ResidualUnit(torch.autograd.Function):
                 break
         assert not isinstance(grad, Pending)
         return (None, grad if ctx.needs_input_grad[1] else None, None, *gradients)
+
+
+def _decide_backward(
+    backend: str,
+    settings: UnitSettings,
+    saved: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    needs: Sequence[Needs],
+) -> BackwardChoice:
+    """``saved`` and ``parameters`` are those that the unit saved, of its layers in turn."""
+    fuses: list[tuple[bool, ...]] = []
+    pending: list[bool] = []
+    for index, geometry in enumerate(settings.geometries):
+        weights, used = [parameters[6 * index + 4]], [geometry]
+        if index == 0 and settings.projection is not None:
+            weights.append(parameters[-2])
+            used.append(settings.projection)
+        leaves = False
+        if index > 0 and fuses[-1][0] and not needs[index - 1].convs[0][1]:
+            before = (saved[4 * index - 4], parameters[6 * index - 2])
+            leaves = plans.leaves_pending(backend, *before, settings.geometries[index - 1])
+        pending.append(leaves)
+        fuses.append(fused_backward(backend, saved[4 * index], weights, used, needs[index]))
+    return BackwardChoice(tuple(fuses), tuple(pending))
 
 
 def _layer_needs(input: bool, needs: Sequence[bool], layers: int, projected: bool) -> list[Needs]:

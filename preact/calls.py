@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,20 @@ BatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm
 Layer = tuple[BatchNorm, nn.Conv2d]
 
 
+def _tensors(
+    module: nn.Module, held: Mapping[str, Tensor | None], first: str, second: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """Two attributes of ``module``, where ``held`` is its dictionary of parameters or of buffers.
+
+    Asked as attributes they are found where everything else was looked for in vain, which between
+    kernels counts; something else may stand in for one that is not held, a parametrization say.
+    """
+    try:
+        return held[first], held[second]
+    except KeyError:
+        return getattr(module, first), getattr(module, second)
+
+
 def norm_arguments(bn: BatchNorm, input: Tensor | None = None) -> Norm:
     """What ``bn`` would pass to ``batch_norm`` now, before it counts the batch."""
     if input is not None:
@@ -26,11 +40,12 @@ def norm_arguments(bn: BatchNorm, input: Tensor | None = None) -> Norm:
         momentum = 0.0
         if training and bn.num_batches_tracked is not None:
             momentum = 1.0 / (float(bn.num_batches_tracked) + 1.0)
-    mean, var = bn.running_mean, bn.running_var
+    mean, var = _tensors(bn, bn._buffers, "running_mean", "running_var")
     own = training or (mean is None and var is None)
     if training and not bn.track_running_stats:
         mean = var = None
-    norm = Norm(mean, var, bn.weight, bn.bias, own, momentum, bn.eps)
+    weight, bias = _tensors(bn, bn._parameters, "weight", "bias")
+    norm = Norm(mean, var, weight, bias, own, momentum, bn.eps)
     if input is not None and is_synchronised(bn):
         return synchronised_norm(bn, input, norm)
     return norm
@@ -39,9 +54,9 @@ def norm_arguments(bn: BatchNorm, input: Tensor | None = None) -> Norm:
 def conv_arguments(conv: nn.Conv2d) -> Conv:
     if conv.padding_mode != "zeros":
         raise ValueError(f"padding_mode must be 'zeros' to be fused, got {conv.padding_mode!r}")
-    return Conv(
-        conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
-    )  # fmt: skip
+    weight, bias = _tensors(conv, conv._parameters, "weight", "bias")
+    assert weight is not None
+    return Conv(weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def described_layers(layers: Sequence[Layer], input: Tensor | None) -> list[tuple[Norm, Conv]]:

@@ -24,6 +24,7 @@ from .serving import (
     backend_for,
     eager_conv,
     eager_norm,
+    parameters_of,
     statistics_of,
     values_per_channel,
 )
@@ -111,7 +112,7 @@ def batch_norm_relu_convs2d(
     mean, var = statistics_of(settings.backend, input, norm, statistics)
     parameters: list[Tensor | None] = []
     for conv, dtype in zip(convs, settings.dtypes, strict=True):
-        parameters += (conv.weight.to(dtype), None if conv.bias is None else conv.bias.to(dtype))
+        parameters += parameters_of(conv, dtype)
     joined = residual if settings.joins else None
     found: Sequence[Tensor]
     if settings.differentiable:

@@ -23,6 +23,7 @@ from .plans import Geometry
 from .prefix import differentiable_backward
 from .reference import memory_format_of
 from .reference_units import NUMBERS, TENSORS
+from .remembered import Kept
 from .running_stats import running_statistics, update_running_stats
 
 Layers = Sequence[tuple[Norm, Conv]]
@@ -227,7 +228,7 @@ def _eager(input: Tensor, settings: Settings, parameters: Sequence[Tensor | None
             assert conv is not None
             arranged += [weight, bias, mean, var, conv.to(input.dtype), None]
         its_own = UnitSettings(
-            eps[unit], batch_stats[unit], geometries[unit], None, (), True, False, False
+            eps[unit], batch_stats[unit], geometries[unit], None, (), True, False, False, Kept()
         )
         input = eager_unit(input, its_own, (), arranged)
     return input

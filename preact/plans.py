@@ -36,7 +36,8 @@ _OWN = ("C", "D", "E")
 NEAR, CLEARLY, ENOUGH = 4, 0.9, 100_000_000
 
 _log = logging.getLogger("preact")
-_forced: str | None = None
+forced: str | None = None
+"""By ``use_plan``."""
 _decided: dict[trials.Problem, tuple[bool, str]] = {}
 """Whether our convolution runs, and by what that was decided."""
 
@@ -54,13 +55,13 @@ def use_plan(name: str) -> Iterator[None]:
     The setting is the process's, not the thread's, and holds for backward passes that run inside
     the block. An unknown name raises ``ValueError``.
     """
-    global _forced
-    before = _forced
-    _forced = _checked(name, "plan")
+    global forced
+    before = forced
+    forced = _checked(name, "plan")
     try:
         yield
     finally:
-        _forced = before
+        forced = before
 
 
 @cpp.constant_to_compile
@@ -70,7 +71,7 @@ def _current(forced: str | None) -> str:
 
 def current() -> str:
     """The plan asked for, or "auto"."""
-    return _current(_forced)
+    return _current(forced)
 
 
 def keeps_activation(asked: bool) -> bool:

@@ -13,7 +13,7 @@ from . import backends, plans
 from .arguments import Conv, Norm
 from .checks import compute_type
 from .plans import Geometry
-from .remembered import carries_tangents
+from .remembered import Kept, carries_tangents
 
 _NO_OUTPUT_PADDING = (0, 0)
 
@@ -47,6 +47,8 @@ class Settings(NamedTuple):
     keeps_activation: bool
     differentiable: bool
     """Whether somebody may ask for a gradient."""
+    backward: Kept[tuple[bool, ...]]
+    """Of each convolution whether its backward runs in a kernel of our own."""
 
     def norm(self, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None) -> Affine:
         return Affine(mean, var, weight, bias, self.eps, self.batch_stats)
@@ -76,7 +78,7 @@ def decide(
     return Settings(
         backend, norm.eps, norm.training, taken, fuses, dtypes, joins, return_statistics,
         plans.keeps_activation(save_activation),
-        (torch.is_grad_enabled() and wanted) or carries_tangents(),
+        (torch.is_grad_enabled() and wanted) or carries_tangents(), Kept(),
     )  # fmt: skip
 
 
@@ -212,6 +214,7 @@ def prefix_backward(
     norm: Affine,
     weights: Sequence[Tensor],
     geometries: Sequence[Geometry],
+    fuses: Sequence[bool],
     grad_outputs: Sequence[Tensor | Pending | None],
     activation: Tensor | None,
     grad_skip: Tensor | None,
@@ -219,6 +222,7 @@ def prefix_backward(
     leave_pending: bool = False,
 ) -> PrefixGradients:
     """Backward of one BN-ReLU feeding ``weights``; ``grad_skip`` joins the gradient of ``input``.
+    ``fuses`` is what ``fused_backward`` found.
 
     The library's convolutions give their gradients in one call each: a second call costs the set-up
     and the reorders again, more than the pass that computing activation and sums together would
@@ -239,7 +243,7 @@ def prefix_backward(
         wants_weight, wants_bias = needs.convs[index]
         if grad is None or not (wants_input or wants_weight or wants_bias):
             continue
-        if fuses_backward(backend, input, weight, geometry, wants_input, wants_weight):
+        if fuses[index]:
             fused.append(index)
             continue
         assert isinstance(grad, Tensor)
@@ -294,20 +298,19 @@ def prefix_backward(
     return PrefixGradients(grad_input, grad_weight, grad_bias, convs)
 
 
-def fuses_backward(
+def fused_backward(
     backend: str,
     input: Tensor,
-    weight: Tensor,
-    geometry: Geometry,
-    wants_input: bool,
-    wants_weight: bool,
-) -> bool:
-    """Whether the backward of a convolution runs fused: it gives both gradients, or none."""
-    return (
-        wants_input
-        and wants_weight
-        and plans.fuses_convolution(backend, input, weight, geometry, "backward")
-    )
+    weights: Sequence[Tensor],
+    geometries: Sequence[Geometry],
+    needs: Needs,
+) -> tuple[bool, ...]:
+    """Which of a prefix's convolutions run fused in backward: those give both gradients."""
+    fuses = []
+    for weight, geometry, (of_weight, _) in zip(weights, geometries, needs.convs, strict=True):
+        both = needs.activation and of_weight
+        fuses.append(both and plans.fuses_convolution(backend, input, weight, geometry, "backward"))
+    return tuple(fuses)
 
 
 def eager_prefix(

@@ -7,18 +7,19 @@ whoever runs such a call asks ``known`` first, and ``remember``s what was decide
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import backends, plans, tuning
+from . import backends, plans, tuning, variables
 from .arguments import Conv, Norm
 
 Key = tuple[object, ...]
+Choice = TypeVar("Choice")
 
 _MOST = 4096
 _calls: dict[Key, Any] = {}
@@ -27,6 +28,32 @@ _calls: dict[Key, Any] = {}
 def carries_tangents() -> bool:
     """Whether forward-mode differentiation is on, which only an autograd Function refuses."""
     return forward_ad._current_level >= 0
+
+
+def asked() -> object:
+    """What the user asks of choices just now: where this is the same, they come out alike."""
+    return backends.forced, plans.forced, variables.state()
+
+
+class Kept(Generic[Choice]):
+    """What is decided in the first backward of a call, for the backwards of all calls like it.
+
+    It may run while another plan is forced than in forward; each has a choice of its own.
+    """
+
+    def __init__(self) -> None:
+        self._choices: dict[object, Choice] = {}
+
+    def get(self, decide: Callable[[], Choice]) -> Choice:
+        if torch.compiler.is_compiling():
+            return decide()
+        now = asked()
+        choice = self._choices.get(now)
+        if choice is None:
+            choice = decide()
+            if not tuning.is_paused():
+                self._choices[now] = choice
+        return choice
 
 
 def key_of(
@@ -51,15 +78,12 @@ def key_of(
         or carries_tangents()
     ):
         return None
-    backend = backends.choose("cpu")
-    if backend == backends.AUTO:
-        return None
     autocast = torch.is_autocast_enabled("cpu")
     parts: list[object] = [
         *options, input.shape, input.stride(), input.dtype, input.requires_grad,
         torch.is_grad_enabled(), autocast and torch.get_autocast_dtype("cpu"),
         torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(),
-        backend, plans.current(), tuning.setting(),
+        asked(),
     ]  # fmt: skip
     for running_mean, running_var, weight, bias, training, momentum, eps in norms:
         parts += (training, momentum is None, eps)

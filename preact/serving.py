@@ -15,10 +15,12 @@ from .arguments import Conv, Norm, Statistics
 from .running_stats import running_statistics
 
 
-def parameters_of(conv: Conv) -> tuple[Tensor, Tensor | None]:
-    dtype = checks.compute_type(conv.weight)
-    bias = None if conv.bias is None else conv.bias.to(dtype)
-    return conv.weight.to(dtype), bias
+def parameters_of(conv: Conv, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias in the type that they convolve in."""
+    weight, bias = conv.weight, conv.bias
+    if weight.dtype != dtype:
+        weight = weight.to(dtype)
+    return weight, bias if bias is None or bias.dtype == dtype else bias.to(dtype)
 
 
 def _transformed() -> bool:

@@ -20,7 +20,7 @@ from .identity_units import Layers, like
 from .plans import Geometry
 from .prefix import fused_forward
 from .reference import memory_format_of
-from .remembered import carries_tangents
+from .remembered import Kept, carries_tangents
 from .running_stats import running_statistics, update_running_stats
 from .serving import parameters_of
 
@@ -70,6 +70,7 @@ def prepare(
         torch.is_grad_enabled(),
         save_activation,
         return_statistics,
+        Kept(),
     )
     counts = tuple(batch * height * width for batch, _, height, width in shapes[: len(layers)])
     return Prepared(backend, settings, counts)
@@ -91,9 +92,9 @@ def run(
         known: tuple[Tensor | None, Tensor | None] = first
         if index > 0:
             known = (None, None) if norm.training else running_statistics(norm)
-        parameters += [norm.weight, norm.bias, *known, *parameters_of(conv)]
+        parameters += [norm.weight, norm.bias, *known, *parameters_of(conv, input.dtype)]
     if projection is not None:
-        parameters += parameters_of(projection)
+        parameters += parameters_of(projection, input.dtype)
     if settings.save or carries_tangents():
         output, *vectors = autograd.ResidualUnit.apply(backend, input, settings, *parameters)
     else:

@@ -18,6 +18,7 @@ PACKAGE = Path(preact.__file__).parent
 LAYERS = [
     {
         "arguments",
+        "variables",
         "reference",
         "reference_units",
         "reference_pool",

@@ -34,7 +34,8 @@ MEASURED = ("cuda",)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _log = logging.getLogger("preact")
-_forced: str | None = None
+forced: str | None = None
+"""By ``use_backend``."""
 _reported: set[str] = set()
 
 
@@ -107,15 +108,15 @@ def use_backend(name: str) -> Iterator[None]:
     The setting is the process's, not the thread's. A call whose device the backend cannot serve
     raises ``RuntimeError`` with the reason; an unknown name raises ``ValueError`` at once.
     """
-    global _forced
+    global forced
     if name not in (*NAMES, FUSED):
         raise ValueError(f"backend must be one of {', '.join((*NAMES, FUSED))}, got {name!r}")
-    before = _forced
-    _forced = name
+    before = forced
+    forced = name
     try:
         yield
     finally:
-        _forced = before
+        forced = before
 
 
 # Nothing must load a library while a graph is traced.
@@ -145,4 +146,4 @@ def choose(device_type: str) -> str:
 
     Raises ``RuntimeError`` where a forced one cannot run.
     """
-    return _choose(_forced, device_type)
+    return _choose(forced, device_type)
