@@ -114,9 +114,13 @@ def known(key: Key | None) -> Any:
     if key is None:
         return None
     try:
-        return _calls.get(key)
+        found = _calls.get(key)
     except TypeError:  # a stride given as a list
-        return None
+        found = None
+    if found is None:
+        plans.current()  # raises for a value that it does not know,
+        tuning.setting()  # as this does
+    return found
 
 
 def remember(key: Key | None, settings: object) -> None:

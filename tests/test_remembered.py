@@ -8,7 +8,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 import preact
-from preact import autograd, checks, remembered, tuning
+from preact import autograd, checks, plans, remembered, tuning
 from preact import functional as PF
 from preact.backends import available
 
@@ -285,3 +285,72 @@ def test_what_is_kept_stays_bounded(monkeypatch):
     for batch in range(1, 5):
         module(x[:batch])
     assert len(remembered._calls) <= 3
+
+
+@pytest.mark.parametrize("variable", ["PREACT_BACKEND", "PREACT_PLAN", "PREACT_TUNE"])
+def test_a_variable_set_meanwhile_holds_for_the_next_call(variable, checked, monkeypatch):
+    module, x = prefix_and_input()
+    values = {"PREACT_BACKEND": "reference", "PREACT_PLAN": "A", "PREACT_TUNE": "off"}
+    monkeypatch.delenv(variable, raising=False)
+    module(x)
+    monkeypatch.setenv(variable, values[variable])
+    module(x)
+    assert len(checked) == 2
+    monkeypatch.setenv(variable, "nonsense")
+    mean = module.norm.running_mean.clone()
+    with pytest.raises(ValueError, match=variable):
+        module(x)
+    assert torch.equal(module.norm.running_mean, mean)
+    monkeypatch.delenv(variable)
+    checked.clear()
+    module(x)
+    assert not checked, "as at first"
+
+
+@pytest.fixture
+def backwards(monkeypatch):
+    """Names of the works that were asked about."""
+    asked = []
+    fuses = plans.fuses_convolution
+
+    def noting(backend, input, weight, geometry, work, dtype=None):
+        asked.append(work)
+        return fuses(backend, input, weight, geometry, work, dtype)
+
+    monkeypatch.setattr(plans, "fuses_convolution", noting)
+    return asked
+
+
+@pytest.mark.parametrize("name", ["prefix", "unit with a projection"])
+def test_a_backward_is_decided_once_for_each_plan(name, backwards):
+    module, x = CALLS[name]()
+    gradients = []
+
+    def step(plan):
+        output = module(x).square().sum()
+        with preact.use_plan(plan):
+            gradients.append(torch.autograd.grad(output, list(module.parameters())))
+
+    convolutions = sum(isinstance(m, nn.Conv2d) for m in module.modules())
+    for plan, decided in (("auto", 1), ("auto", 1), ("B", 2), ("auto", 2), ("B", 2)):
+        step(plan)
+        assert backwards.count("backward") == decided * convolutions
+    for found in gradients[1:]:
+        torch.testing.assert_close(found, gradients[0], rtol=1e-4, atol=1e-4)
+    with tuning.paused():
+        module(x[:2]).sum().backward()
+    module(x[:2]).sum().backward()
+    assert backwards.count("backward") == 4 * convolutions, "not kept while measuring is paused"
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+@pytest.mark.parametrize("layer", ["norm", "conv"])
+def test_a_parametrized_weight_is_taken_as_it_is_computed(layer):
+    module, x = prefix_and_input()
+    nn.utils.parametrize.register_parametrization(getattr(module, layer), "weight", Doubled())
+    expected = module.conv(torch.relu(module.eval().norm(x)))
+    torch.testing.assert_close(module(x), expected)
