@@ -31,6 +31,7 @@ from .prefix import (
     differentiable_backward,
     eager_prefix,
     fused_backward,
+    paired,
     prefix_backward,
     prefix_convolutions,
 )
@@ -184,18 +185,6 @@ class BatchNormReLUConv2d(torch.autograd.Function):
             cast_like(result.bias, bias) if needs[5] else None, grad_residual,
             *(grad for pair in result.convs for grad in pair),
         )  # fmt: skip
-
-
-def paired(
-    parameters: Sequence[Tensor | None], geometries: Sequence[Geometry]
-) -> list[tuple[Tensor, Tensor | None, Geometry]]:
-    """Weight, bias and geometry of each convolution whose weights and biases stand in turn."""
-    convs = []
-    for index, geometry in enumerate(geometries):
-        weight, bias = parameters[2 * index : 2 * index + 2]
-        assert weight is not None
-        convs.append((weight, bias, geometry))
-    return convs
 
 
 def unit_forward(

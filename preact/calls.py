@@ -15,6 +15,7 @@ from .synchronised import is_synchronised, synchronised_norm
 
 BatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm
 Layer = tuple[BatchNorm, nn.Conv2d]
+_PLAIN = (nn.BatchNorm2d, nn.Conv2d)
 
 
 def _tensors(
@@ -23,12 +24,12 @@ def _tensors(
     """Two attributes of ``module``, where ``held`` is its dictionary of parameters or of buffers.
 
     Asked as attributes they are found where everything else was looked for in vain, which between
-    kernels counts; something else may stand in for one that is not held, a parametrization say.
+    kernels counts. A class of the user's may have a property of that name, and something else may
+    stand in for one that is not held.
     """
-    try:
+    if type(module) in _PLAIN and first in held and second in held:
         return held[first], held[second]
-    except KeyError:
-        return getattr(module, first), getattr(module, second)
+    return getattr(module, first), getattr(module, second)
 
 
 def norm_arguments(bn: BatchNorm, input: Tensor | None = None) -> Norm:

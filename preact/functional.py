@@ -123,7 +123,7 @@ def batch_norm_relu_convs2d(
     else:
         outputs, found, _ = prefix.prefix_convolutions(
             settings.backend, input, settings.norm(mean, var, norm.weight, norm.bias),
-            autograd.paired(parameters, settings.geometries), settings.fuses, joined,
+            prefix.paired(parameters, settings.geometries), settings.fuses, joined,
             settings.statistics,
         )  # fmt: skip
     if residual is not None and joined is None:

@@ -163,6 +163,18 @@ def fused_forward(
     )
 
 
+def paired(
+    parameters: Sequence[Tensor | None], geometries: Sequence[Geometry]
+) -> list[tuple[Tensor, Tensor | None, Geometry]]:
+    """Weight, bias and geometry of each convolution whose weights and biases stand in turn."""
+    convs = []
+    for index, geometry in enumerate(geometries):
+        weight, bias = parameters[2 * index : 2 * index + 2]
+        assert weight is not None
+        convs.append((weight, bias, geometry))
+    return convs
+
+
 def prefix_convolutions(
     backend: str,
     input: Tensor,

@@ -31,14 +31,17 @@ def carries_tangents() -> bool:
 
 
 def asked() -> object:
-    """What the user asks of choices just now: where this is the same, they come out alike."""
-    return backends.forced, plans.forced, variables.state()
+    """What choices depend on that is no argument's, and that a program may change at any time."""
+    return (
+        backends.forced, plans.forced, variables.state(), torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
 
 
 class Kept(Generic[Choice]):
     """What is decided in the first backward of a call, for the backwards of all calls like it.
 
-    It may run while another plan is forced than in forward; each has a choice of its own.
+    It may run while another plan is forced than in forward, say; each has a choice of its own.
     """
 
     def __init__(self) -> None:
@@ -51,7 +54,7 @@ class Kept(Generic[Choice]):
         choice = self._choices.get(now)
         if choice is None:
             choice = decide()
-            if not tuning.is_paused():
+            if not tuning.is_paused() and torch._C._len_torch_dispatch_stack() == 0:
                 self._choices[now] = choice
         return choice
 
@@ -65,6 +68,7 @@ def key_of(
 ) -> Key | None:
     """Everything but values that a call on a CPU depends on; None where it is not to be remembered.
 
+    The backend is not among it but what it is chosen by, where that needs no measurement.
     ``tensors`` are those that come in neither a norm nor a convolution, ``options`` what else tells
     one call from another, first the function's name.
     """
@@ -73,6 +77,7 @@ def key_of(
         or type(input) is not Tensor
         or not input.is_cpu
         or input.layout is not torch.strided
+        or "cpu" not in backends.AUTOMATIC
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or carries_tangents()
@@ -81,9 +86,7 @@ def key_of(
     autocast = torch.is_autocast_enabled("cpu")
     parts: list[object] = [
         *options, input.shape, input.stride(), input.dtype, input.requires_grad,
-        torch.is_grad_enabled(), autocast and torch.get_autocast_dtype("cpu"),
-        torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(),
-        asked(),
+        torch.is_grad_enabled(), autocast and torch.get_autocast_dtype("cpu"), asked(),
     ]  # fmt: skip
     for running_mean, running_var, weight, bias, training, momentum, eps in norms:
         parts += (training, momentum is None, eps)
@@ -110,7 +113,10 @@ def key_of(
 
 
 def known(key: Key | None) -> Any:
-    """What was decided for this call, None for one that was never checked."""
+    """What was decided for this call, None for one that was never checked.
+
+    Raises ``ValueError`` for a variable that no check of such a call may come across.
+    """
     if key is None:
         return None
     try:
@@ -118,8 +124,8 @@ def known(key: Key | None) -> Any:
     except TypeError:  # a stride given as a list
         found = None
     if found is None:
-        plans.current()  # raises for a value that it does not know,
-        tuning.setting()  # as this does
+        plans.current()
+        tuning.setting()
     return found
 
 

@@ -22,6 +22,14 @@ def choices_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
         yield
 
 
+@pytest.fixture(autouse=True)
+def nothing_remembered() -> None:
+    """Tests replace what calls are decided by."""
+    from preact import remembered
+
+    remembered.forget()
+
+
 @pytest.fixture
 def folds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has norms folded whatever that takes."""
