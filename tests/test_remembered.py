@@ -354,7 +354,10 @@ class DoubledConv2d(nn.Conv2d):
 
 def test_a_property_of_a_class_of_ones_own_is_asked():
     module, x = prefix_and_input()
-    module.conv = DoubledConv2d(8, 6, 3, padding=1)
+    conv = DoubledConv2d(8, 6, 3, padding=1)
+    # The constructor initialises what the property returns, and leaves the parameter as it found it.
+    nn.init.normal_(next(conv.parameters()))
+    module.conv = conv
     expected = module.conv(torch.relu(module.eval().norm(x)))
     torch.testing.assert_close(module(x), expected)
 
