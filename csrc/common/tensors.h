@@ -116,10 +116,28 @@ inline Tensor empty_like(const Tensor& input, MemoryFormat format) {
   return empty(input.sizes(), type_number(input), input, format);
 }
 
+// Elements [first, first + count) of a dimension, in the same memory; narrow called by its name takes
+// several times as long.
+inline Tensor part_of(const Tensor& tensor, int64_t dim, int64_t first, int64_t count) {
+  const auto own_sizes = tensor.sizes(), strides = tensor.strides();
+  STD_TORCH_CHECK(first >= 0 && count >= 0 && first + count <= own_sizes[dim], "elements ", first,
+                  " to ", first + count, " of ", own_sizes[dim]);
+  std::vector<int64_t> sizes(own_sizes.begin(), own_sizes.end());
+  sizes[dim] = count;
+  AtenTensorHandle part = nullptr;
+  PREACT_CHECK_CALL(aoti_torch__reinterpret_tensor(tensor.get(), tensor.dim(), sizes.data(),
+                                                   strides.data(), first * strides[dim], &part));
+  return Tensor(part);
+}
+
+inline int32_t accumulate_type_number(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Double ? aoti_torch_dtype_float64()
+                                                    : aoti_torch_dtype_float32();
+}
+
 inline Tensor empty_vector(const Tensor& input) {
   const int64_t size = input.size(1);
-  const bool wide = input.scalar_type() == ScalarType::Double;
-  return empty({&size, 1}, wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(), input);
+  return empty({&size, 1}, accumulate_type_number(input), input);
 }
 
 // A per-channel vector [C], dense and in the accumulation type.

@@ -12,8 +12,7 @@ Tensor batch_norm_backward_coefficients(const Tensor& input, const Tensor& mean,
   STD_TORCH_CHECK(input.dim() >= 2, "input must have at least 2 dimensions");
   const int64_t channels = input.size(1), sizes[2] = {4, channels};
   const int64_t count = channels > 0 ? input.numel() / channels : 0;
-  Tensor coefficients = torch::stable::empty({sizes, 2}, accumulate_type(input.scalar_type()),
-                                             std::nullopt, input.device());
+  Tensor coefficients = empty({sizes, 2}, accumulate_type_number(input), input);
   dispatch(input.scalar_type(), [&]<typename T>() {
     using A = accumulate_t<T>;
     const Affine<A> affine(input, mean, var, weight, std::nullopt, eps);

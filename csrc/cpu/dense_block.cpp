@@ -28,13 +28,9 @@ struct Block {
 };
 
 Tensor channels_of(const Tensor& map, int64_t first, int64_t count) {
-  Tensor whole = map;
-  return torch::stable::narrow(whole, 1, first, count);
+  return part_of(map, 1, first, count);
 }
-Tensor part_of(const Tensor& vector, int64_t count) {
-  Tensor whole = vector;
-  return torch::stable::narrow(whole, 0, 0, count);
-}
+Tensor first_of(const Tensor& vector, int64_t count) { return part_of(vector, 0, 0, count); }
 
 std::vector<double> values_of(const Tensor& vector) {
   const int64_t count = vector.numel();
@@ -76,7 +72,7 @@ class Deferred {
   Tensor coefficients(int64_t first, int64_t count) const {
     const int64_t sizes[2] = {4, count};
     const Tensor rows =
-        torch::stable::empty({sizes, 2}, mean_.scalar_type(), std::nullopt, mean_.device());
+        empty({sizes, 2}, type_number(mean_), mean_);
     const auto part = [&](const std::vector<double>& of) {
       return std::vector<double>(of.begin() + first, of.begin() + first + count);
     };
@@ -147,8 +143,8 @@ std::vector<Tensor> dense_block(const Tensor& input, std::vector<OptionalTensor>
     const int64_t read = block.starts[i];
     const Tensor bottleneck = map_of(norm.conv_weight.size(0));
     const auto [inner_mean, inner_var] = batch_norm_relu_conv2d_into(
-        channels_of(features, 0, read), norm.mean ? *norm.mean : part_of(mean, read),
-        norm.var ? *norm.var : part_of(var, read), norm.weight, norm.bias, norm.eps,
+        channels_of(features, 0, read), norm.mean ? *norm.mean : first_of(mean, read),
+        norm.var ? *norm.var : first_of(var, read), norm.weight, norm.bias, norm.eps,
         norm.conv_weight, conv.stride, conv.padding, conv.dilation, conv.groups, bottleneck);
     const auto [growth_mean, growth_var] = batch_norm_relu_conv2d_into(
         bottleneck, next.mean ? *next.mean : inner_mean, next.var ? *next.var : inner_var,
@@ -182,8 +178,7 @@ std::vector<Tensor> dense_block_backward(const Tensor& grad_output, std::vector<
   const MemoryFormat format = memory_format_of(features);
   check_like(grad_output, features, "grad_output");
   const Tensor total =
-      torch::stable::empty(features.sizes(), accumulate_type(features.scalar_type()), std::nullopt,
-                           features.device(), std::nullopt, format);
+      empty(features.sizes(), accumulate_type_number(features), features, format);
   // What reads a feature after its layer is complete in `source` but for what is deferred.
   Tensor source = dense(grad_output, format);
   Deferred deferred(mean);
@@ -207,8 +202,8 @@ std::vector<Tensor> dense_block_backward(const Tensor& grad_output, std::vector<
       return is_own ? OptionalTensor(sum) : std::nullopt;
     };
     const Tensor x = channels_of(features, 0, read);
-    const Tensor x_mean = norm.mean ? *norm.mean : part_of(mean, read);
-    const Tensor x_var = norm.var ? *norm.var : part_of(var, read);
+    const Tensor x_mean = norm.mean ? *norm.mean : first_of(mean, read);
+    const Tensor x_var = norm.var ? *norm.var : first_of(var, read);
     const auto [of_weight, of_bias, of_conv] = batch_norm_relu_conv2d_backward_add(
         grad_z, x, x_mean, x_var, norm.weight, norm.bias, norm.eps, norm.conv_weight, conv.stride,
         conv.padding, conv.dilation, conv.groups, bottleneck,
