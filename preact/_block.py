@@ -14,10 +14,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from . import remembered, serving
 from ._folding import find_folds, insert_folds
 from ._matching import match
+from ._prefix import BATCH_NORM_RELU, PREFIX, SHARED_PREFIX
 from ._rewriting import rewrite, to_function
 from ._shadow import KEY, MISSING, TracingError, original_class, same
 from ._symbols import Signature, kind_of
@@ -25,6 +27,8 @@ from ._tracing import trace
 from .hooks import GLOBAL_HOOKS
 
 _MAX_PLANS = 8
+_MAX_CALLS = 256
+_SINGLE = {BATCH_NORM_RELU, PREFIX, SHARED_PREFIX}
 _FREE_BUILDS = 32
 
 
@@ -48,6 +52,8 @@ class Plan:
         """The batch norms that are part of the convolution before them, and when."""
         self.unfolded: dict[nn.Module, str] = {}
         """Why others are not."""
+        self.prefixes = 0
+        """How many prefixes the code runs, where they are all that it fuses."""
 
     def holds(self) -> bool:
         """Whether everything the traced forward depended on is as it was."""
@@ -145,6 +151,8 @@ class Analysis:
         rewrite(self.trace.graph, self.matches, save_activation)
         run = to_function(self.trace.graph, original_class(self.block).__name__)
         plan = Plan(self.signature, run, fused, guards)
+        if found is None and set(fused.values()) <= _SINGLE:
+            plan.prefixes = len(self.matches.prefixes)
         if found is not None:
             plan.folded, plan.unfolded = found.folded, found.unfolded
         return plan
@@ -164,9 +172,19 @@ class BlockState:
         self.owner: nn.Module | None = None
         self.plans: list[Plan] = []
         self.misses = 0
+        self.eager: set[object] = set()
+        """Calls in which every prefix ran as eager PyTorch, as ``_call_of`` has them."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return BlockState, (self.save_activation, self.closed, self.folds)
+
+    def note_eager(self, call: object) -> None:
+        """That the original forward does the same for less."""
+        if call is None:
+            return
+        if len(self.eager) >= _MAX_CALLS:
+            self.eager.clear()
+        self.eager.add(call)
 
     def build(
         self, block: nn.Module, signature: Signature, training: bool | None = None
@@ -179,6 +197,7 @@ class BlockState:
             plan, reason = analysis.plan(self.save_activation, self.folds), ""
         except TracingError as error:
             plan, reason = Plan(signature, None, {}, error.guards), str(error)
+        self.eager.clear()
         self.plans.insert(0, plan)
         del self.plans[_MAX_PLANS:]
         return plan, analysis, reason
@@ -208,6 +227,17 @@ def _select(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return None  # something changes at every call: look again ever more rarely
     plan = state.build(block, Signature(kinds, named))[0]
     return plan if plan.holds() else None
+
+
+def _call_of(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+    """What decides how the prefixes of a block run in a call of one tensor; None for others."""
+    if kwargs or len(args) != 1 or type(args[0]) is not Tensor or torch.compiler.is_compiling():
+        return None
+    (x,) = args
+    return (
+        x.shape, x.dtype, x.requires_grad, x.is_contiguous(), block.training,
+        torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type), remembered.asked(),
+    )  # fmt: skip
 
 
 class FusedBlock:
@@ -250,10 +280,19 @@ def _make_fused_class(cls: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        state = self.__dict__.get(KEY)
+        if state is not None and state.eager and _call_of(self, args, kwargs) in state.eager:
+            return cls.forward(self, *args, **kwargs)
         plan = _select(self, args, kwargs)
         if plan is None or plan.run is None:
             return cls.forward(self, *args, **kwargs)
-        return plan.run(self, *args, **kwargs)
+        if not plan.prefixes or torch.compiler.is_compiling():
+            return plan.run(self, *args, **kwargs)
+        before = serving.eager_runs
+        result = plan.run(self, *args, **kwargs)
+        if serving.eager_runs - before == plan.prefixes:
+            state.note_eager(_call_of(self, args, kwargs))
+        return result
 
     def body(namespace: dict[str, Any]) -> None:
         namespace["__module__"] = cls.__module__

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from . import costs, ops, trials, tuning
+from . import backends, costs, ops, trials, tuning
 from .backends import cpp, triton
 from .reference import memory_format_of
 
@@ -34,6 +34,9 @@ _OWN = ("C", "D", "E")
 # the share of the written choice's time that another must stay under, and the multiplications
 # (about half a millisecond's) from which on a wrong choice is worth finding.
 NEAR, CLEARLY, ENOUGH = 4, 0.9, 100_000_000
+LEAST_MAP = 250_000
+"""Elements of a map on a CPU below which passes around the library's convolutions gain less than
+their way through Python takes."""
 
 _log = logging.getLogger("preact")
 forced: str | None = None
@@ -115,6 +118,18 @@ def fuses_convolution(
         return False
     plan = current()
     return plan in _OWN if plan != "auto" else _decide(*_problem(*prefix))
+
+
+def is_too_small(input: Tensor) -> bool:
+    """Whether a prefix of ``input`` on a CPU, none of whose convolutions are ours, is faster as
+    eager PyTorch; by a written limit, and only where neither backend nor plan is asked for."""
+    return (
+        input.numel() < LEAST_MAP
+        and input.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and backends.is_automatic()
+        and current() == "auto"
+    )
 
 
 def leaves_pending(backend: str, input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
@@ -212,6 +227,10 @@ def describe_choice(problem: trials.Problem) -> str:
     return f"{'our convolution' if own else 'the library'}, {how}"
 
 
+_LIMITS = "auto: by written limits on a CPU"
+_SMALL = f"eager PyTorch where a map has less than {LEAST_MAP} elements and the library convolves"
+
+
 def describe(device_type: str) -> str:
     """The plan on a device, and every choice made there so far, a line each."""
     plan = current()
@@ -219,9 +238,9 @@ def describe(device_type: str) -> str:
         return f"{plan}, forced"
     setting = tuning.setting()
     if device_type == "cpu" and setting == "off":
-        first = "auto: by written limits on a CPU, as PREACT_TUNE=off"
+        first = f"{_LIMITS}, as PREACT_TUNE=off; {_SMALL}"
     elif device_type == "cpu":
-        first = "auto: by written limits on a CPU, measured near them"
+        first = f"{_LIMITS}, measured near them; {_SMALL}"
     elif setting == "off":
         first = "auto: by the cost model, as PREACT_TUNE=off"
     else:

@@ -119,6 +119,11 @@ def use_backend(name: str) -> Iterator[None]:
         forced = before
 
 
+def is_automatic() -> bool:
+    """Whether nobody asked for a backend."""
+    return forced is None and _forced_by_environment() is None
+
+
 # Nothing must load a library while a graph is traced.
 @cpp.constant_to_compile
 def _choose(forced: str | None, device_type: str) -> str:

@@ -1,0 +1,183 @@
+"""Small maps between the library's convolutions: eager PyTorch is the faster, and runs."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import preact
+from preact import backends, plans, serving
+
+pytestmark = pytest.mark.skipif(
+    backends.available()["cpp"] != "", reason=f"no native kernels: {backends.available()['cpp']}"
+)
+
+
+class Bottleneck(nn.Module):
+    """Two prefixes, whose 3x3 convolutions have ``groups`` that no kernel of ours takes."""
+
+    def __init__(self, groups: int = 2) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(16, 32, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(32)
+        self.conv2 = nn.Conv2d(32, 32, 3, padding=1, groups=groups, bias=False)
+        self.bn2 = nn.BatchNorm2d(32)
+        self.conv3 = nn.Conv2d(32, 16, 1, groups=groups, bias=False)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.relu(self.bn2(self.conv2(y)))
+        return self.conv3(y)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """The default limit, which the other tests have none of; maps here are some thousand wide."""
+    monkeypatch.setattr(plans, "LEAST_MAP", 250_000)
+
+
+@pytest.fixture
+def originals(monkeypatch):
+    """Calls of the block's own forward."""
+    ran = []
+    forward = Bottleneck.forward
+
+    def counted(self, x):
+        ran.append(x.shape)
+        return forward(self, x)
+
+    monkeypatch.setattr(Bottleneck, "forward", counted)
+    return ran
+
+
+def fused(groups=2, training=False):
+    block = Bottleneck(groups).to(memory_format=torch.channels_last).train(training)
+    eager = copy.deepcopy(block)
+    report = preact.fuse_(block)
+    assert report.counts["batch_norm_relu_conv2d"] == 2
+    return block, eager, report
+
+
+def maps(batch=2, size=8):
+    return torch.randn(batch, 16, size, size).to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_every_bit_is_eager_from_the_first_call_on(training, originals):
+    block, eager, _ = fused(training=training)
+    originals.clear()
+    for call in range(3):
+        x = maps().requires_grad_()
+        with torch.set_grad_enabled(training):
+            output, expected = block(x), eager(x)
+        torch.testing.assert_close(output, expected, rtol=0, atol=0)
+        assert len(originals) == 2 * call + 1, "the plan once, its own forward ever after"
+        if training:
+            parameters = list(block.parameters()), list(eager.parameters())
+            found = torch.autograd.grad(output.square().sum(), (x, *parameters[0]))
+            wanted = torch.autograd.grad(expected.square().sum(), (x, *parameters[1]))
+            torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    for name, buffer in eager.named_buffers():
+        torch.testing.assert_close(block.get_buffer(name), buffer, rtol=0, atol=0)
+
+
+def test_another_call_is_decided_by_itself(originals):
+    block, _, _ = fused()
+    originals.clear()
+    large = maps(2, 64)  # 32 channels of these are more than the limit
+    with torch.no_grad():
+        block(maps())
+        block(maps())
+        assert len(originals) == 1
+        before = serving.eager_runs
+        for _ in range(2):
+            block(large)
+        assert (len(originals), serving.eager_runs) == (1, before)
+        block(maps())
+    assert len(originals) == 2
+    block(maps())  # with a graph
+    assert len(originals) == 2
+
+
+def test_our_own_convolutions_run_however_small(originals):
+    block, eager, _ = fused(groups=1)
+    originals.clear()
+    x = maps(8, 16)
+    before = serving.eager_runs
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(block(x), eager(x), rtol=1e-4, atol=1e-5)
+    assert (len(originals), serving.eager_runs) == (2, before), "eager's own calls alone"
+
+
+@pytest.mark.parametrize(
+    "asked", [lambda: preact.use_backend("cpp"), lambda: preact.use_plan("B")], ids=["cpp", "B"]
+)
+def test_what_is_asked_for_runs(asked, originals):
+    block, _, _ = fused()
+    originals.clear()
+    with torch.no_grad():
+        for _ in range(2):
+            block(maps())
+        before = len(originals), serving.eager_runs
+        with asked():
+            for _ in range(2):
+                block(maps())
+        assert (len(originals), serving.eager_runs) == before
+        block(maps())
+    assert len(originals) == before[0] + 1
+
+
+def test_variables_are_asked_again(originals, monkeypatch):
+    block, _, _ = fused()
+    with torch.no_grad():
+        block(maps())
+        originals.clear()
+        monkeypatch.setenv("PREACT_BACKEND", "cpp")
+        before = serving.eager_runs
+        block(maps())
+    assert (len(originals), serving.eager_runs) == (0, before)
+
+
+def test_a_hook_inside_still_runs():
+    block, _, _ = fused()
+    seen = []
+    with torch.no_grad():
+        block(maps())
+        block(maps())
+        block.bn1.register_forward_hook(lambda module, args, output: seen.append(module))
+        block(maps())
+    assert seen == [block.bn1]
+
+
+def test_the_report_says_so():
+    *_, report = fused()
+    assert "less than 250000 elements" in report.plan
+
+
+def test_a_module_by_itself(monkeypatch):
+    module = preact.BatchNormReLUConv2d(32, 16, 3, groups=2).eval()
+    x = torch.randn(2, 32, 8, 8)
+    before = serving.eager_runs
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), module.conv(module.norm(x).relu()), rtol=0, atol=0)
+        assert serving.eager_runs == before + 1
+        with preact.use_backend("cpp"):
+            module(x)
+    assert serving.eager_runs == before + 1
+
+
+def test_compiled_code_does_not_count():
+    block, eager, _ = fused()
+    x = maps()
+    with torch.no_grad():
+        block(x)
+        before = serving.eager_runs
+        compiled = torch.compile(block, backend="eager", fullgraph=True)
+        for _ in range(2):
+            torch.testing.assert_close(compiled(x), eager(x), rtol=1e-4, atol=1e-5)
+    assert serving.eager_runs == before
