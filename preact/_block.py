@@ -291,7 +291,7 @@ def _make_fused_class(cls: type[nn.Module]) -> type[nn.Module]:
         before = serving.eager_runs
         result = plan.run(self, *args, **kwargs)
         if serving.eager_runs - before == plan.prefixes:
-            state.note_eager(_call_of(self, args, kwargs))
+            self.__dict__[KEY].note_eager(_call_of(self, args, kwargs))
         return result
 
     def body(namespace: dict[str, Any]) -> None:

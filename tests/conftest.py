@@ -24,7 +24,7 @@ def choices_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
 
 @pytest.fixture(autouse=True)
 def no_map_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small maps, for which the automatic choice is often eager PyTorch, test what large ones run."""
+    """Small maps, for which the automatic choice may be eager PyTorch, test what large ones run."""
     from preact import plans
 
     monkeypatch.setattr(plans, "LEAST_MAP", 0)

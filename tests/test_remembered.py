@@ -355,7 +355,7 @@ class DoubledConv2d(nn.Conv2d):
 def test_a_property_of_a_class_of_ones_own_is_asked():
     module, x = prefix_and_input()
     conv = DoubledConv2d(8, 6, 3, padding=1)
-    # The constructor initialises what the property returns, and leaves the parameter as it found it.
+    # The constructor initialised what the property returned, and left the parameter as it was.
     nn.init.normal_(next(conv.parameters()))
     module.conv = conv
     expected = module.conv(torch.relu(module.eval().norm(x)))

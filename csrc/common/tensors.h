@@ -116,8 +116,8 @@ inline Tensor empty_like(const Tensor& input, MemoryFormat format) {
   return empty(input.sizes(), type_number(input), input, format);
 }
 
-// Elements [first, first + count) of a dimension, in the same memory; narrow called by its name takes
-// several times as long.
+// Elements [first, first + count) of a dimension, in the same memory; narrow called by its name
+// takes several times as long.
 inline Tensor part_of(const Tensor& tensor, int64_t dim, int64_t first, int64_t count) {
   const auto own_sizes = tensor.sizes(), strides = tensor.strides();
   STD_TORCH_CHECK(first >= 0 && count >= 0 && first + count <= own_sizes[dim], "elements ", first,

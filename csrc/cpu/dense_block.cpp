@@ -71,8 +71,7 @@ class Deferred {
   // Of some features, as batch_norm_backward_coefficients has it, with a scale of one.
   Tensor coefficients(int64_t first, int64_t count) const {
     const int64_t sizes[2] = {4, count};
-    const Tensor rows =
-        empty({sizes, 2}, type_number(mean_), mean_);
+    const Tensor rows = empty({sizes, 2}, type_number(mean_), mean_);
     const auto part = [&](const std::vector<double>& of) {
       return std::vector<double>(of.begin() + first, of.begin() + first + count);
     };
@@ -177,8 +176,7 @@ std::vector<Tensor> dense_block_backward(const Tensor& grad_output, std::vector<
   const Tensor* const bottlenecks = inner + 2 * block.layers();
   const MemoryFormat format = memory_format_of(features);
   check_like(grad_output, features, "grad_output");
-  const Tensor total =
-      empty(features.sizes(), accumulate_type_number(features), features, format);
+  const Tensor total = empty(features.sizes(), accumulate_type_number(features), features, format);
   // What reads a feature after its layer is complete in `source` but for what is deferred.
   Tensor source = dense(grad_output, format);
   Deferred deferred(mean);
