@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import remembered, serving
 from ._folding import find_folds, insert_folds
-from ._matching import match
+from ._matching import UNIT, match
 from ._prefix import BATCH_NORM_RELU, PREFIX, SHARED_PREFIX
 from ._rewriting import rewrite, to_function
 from ._shadow import KEY, MISSING, TracingError, original_class, same
@@ -28,7 +28,7 @@ from .hooks import GLOBAL_HOOKS
 
 _MAX_PLANS = 8
 _MAX_CALLS = 256
-_SINGLE = {BATCH_NORM_RELU, PREFIX, SHARED_PREFIX}
+_COUNTED = {BATCH_NORM_RELU, PREFIX, SHARED_PREFIX, UNIT}
 _FREE_BUILDS = 32
 
 
@@ -53,7 +53,7 @@ class Plan:
         self.unfolded: dict[nn.Module, str] = {}
         """Why others are not."""
         self.prefixes = 0
-        """How many prefixes the code runs, where they are all that it fuses."""
+        """How many prefixes the code runs, alone or in units, where it fuses nothing else."""
 
     def holds(self) -> bool:
         """Whether everything the traced forward depended on is as it was."""
@@ -151,8 +151,8 @@ class Analysis:
         rewrite(self.trace.graph, self.matches, save_activation)
         run = to_function(self.trace.graph, original_class(self.block).__name__)
         plan = Plan(self.signature, run, fused, guards)
-        if found is None and set(fused.values()) <= _SINGLE:
-            plan.prefixes = len(self.matches.prefixes)
+        if found is None and set(fused.values()) <= _COUNTED:
+            plan.prefixes = sum(len(prefixes) for _, prefixes, _ in self.matches.groups())
         if found is not None:
             plan.folded, plan.unfolded = found.folded, found.unfolded
         return plan

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import autograd, backends, checks, identity_units, prefix, remembered, units
+from . import autograd, backends, checks, identity_units, plans, prefix, remembered, units
 from .arguments import Conv as Conv
 from .arguments import Norm as Norm
 from .arguments import Statistics as Statistics
@@ -321,9 +321,14 @@ def _checked_unit(
     if shortcut != shapes[-1]:
         return units.Prepared(backend, None)
     whole = plain and projection is None and not save_activation and backend == "cpp"
-    return (identity_units.settings_for(input, layers, taken) if whole else None) or units.prepare(
+    settings = identity_units.settings_for(input, layers, taken) if whole else None
+    if settings is not None:
+        return settings
+    prepared = units.prepare(
         backend, input, layers, projection, taken, shapes, save_activation, return_statistics
     )
+    ours = prepared.settings is not None and any(map(any, prepared.settings.fuses))
+    return prepared if ours or not plans.is_too_small(backend, input) else units.EAGER
 
 
 def residual_units(

@@ -120,11 +120,12 @@ def fuses_convolution(
     return plan in _OWN if plan != "auto" else _decide(*_problem(*prefix))
 
 
-def is_too_small(input: Tensor) -> bool:
-    """Whether a prefix of ``input`` on a CPU, none of whose convolutions are ours, is faster as
-    eager PyTorch; by a written limit, and only where neither backend nor plan is asked for."""
+def is_too_small(backend: str, input: Tensor) -> bool:
+    """Whether a prefix or unit of ``input``, none of whose convolutions is ours in forward, is
+    faster as eager PyTorch; by a written limit, where neither backend nor plan is asked for."""
     return (
         input.numel() < LEAST_MAP
+        and backend == "cpp"
         and input.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and backends.is_automatic()

@@ -73,10 +73,8 @@ def decide(
         weights = [conv.weight for conv in convs]
         described = list(zip(weights, taken, dtypes, strict=True))
         fuses = fused_forward(backend, input, norm.training, described, joins)
-        if backend == "cpp" and not any(fuses) and plans.is_too_small(input):
-            every = Needs(True, True, [(True, True)] * len(convs))
-            if not any(fused_backward(backend, input, weights, taken, every)):
-                backend, fuses = "reference", ()
+        if not any(fuses) and plans.is_too_small(backend, input):
+            backend, fuses = "reference", ()
     tensors = [input, norm.weight, norm.bias, residual, *(t for conv in convs for t in conv[:2])]
     wanted = any(tensor is not None and tensor.requires_grad for tensor in tensors)
     return Settings(

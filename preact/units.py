@@ -35,6 +35,9 @@ class Prepared(NamedTuple):
     """Values per channel that each norm sees."""
 
 
+EAGER = Prepared("reference", None)
+
+
 def prepare(
     backend: str,
     input: Tensor,

@@ -159,7 +159,7 @@ def test_the_report_says_so():
     assert "less than 250000 elements" in report.plan
 
 
-def test_a_module_by_itself(monkeypatch):
+def test_a_module_by_itself():
     module = preact.BatchNormReLUConv2d(32, 16, 3, groups=2).eval()
     x = torch.randn(2, 32, 8, 8)
     before = serving.eager_runs
@@ -181,3 +181,49 @@ def test_compiled_code_does_not_count():
         for _ in range(2):
             torch.testing.assert_close(compiled(x), eager(x), rtol=1e-4, atol=1e-5)
     assert serving.eager_runs == before
+
+
+def test_a_unit_runs_as_its_prefixes():
+    """In float64, for which there is no convolution of ours."""
+    unit = preact.PreActBasicBlock(8, 8).double()
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    expected = copy.deepcopy(unit)
+    before = serving.eager_runs
+    with preact.use_backend("reference"):
+        wanted = expected(x)
+        expected(x)
+    assert serving.eager_runs == before + 4
+    torch.testing.assert_close(unit(x), wanted, rtol=0, atol=0)
+    assert serving.eager_runs == before + 6
+    with preact.use_backend("cpp"):
+        torch.testing.assert_close(unit(x), wanted)
+    assert serving.eager_runs == before + 6
+    for name, buffer in expected.named_buffers():
+        torch.testing.assert_close(unit.get_buffer(name), buffer, rtol=1e-5, atol=1e-7, msg=name)
+
+
+class PreActivation(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn1, self.bn2 = nn.BatchNorm2d(16), nn.BatchNorm2d(16)
+        self.conv1 = nn.Conv2d(16, 16, 3, padding=1, groups=2, bias=False)
+        self.conv2 = nn.Conv2d(16, 16, 3, padding=1, groups=2, bias=False)
+
+    def forward(self, x):
+        y = self.conv1(torch.relu(self.bn1(x)))
+        return x + self.conv2(torch.relu(self.bn2(y)))
+
+
+def test_a_block_that_is_a_unit(monkeypatch):
+    ran = []
+    forward = PreActivation.forward
+    monkeypatch.setattr(PreActivation, "forward", lambda self, x: ran.append(x) or forward(self, x))
+    block = PreActivation().eval()
+    eager = copy.deepcopy(block)
+    assert preact.fuse_(block).counts["residual_unit"] == 2
+    ran.clear()
+    with torch.no_grad():
+        for call in range(3):
+            x = maps()
+            torch.testing.assert_close(block(x), eager(x), rtol=0, atol=0)
+            assert len(ran) == 2 * call + 1
