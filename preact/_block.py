@@ -54,6 +54,16 @@ class Plan:
         """Why others are not."""
         self.prefixes = 0
         """How many prefixes the code runs, alone or in units, where it fuses nothing else."""
+        self.eager: set[object] = set()
+        """Calls in which all of them ran as eager PyTorch, their maps being small: the original
+        forward does the same for less."""
+
+    def note_eager(self, call: object) -> None:
+        if call is None:
+            return
+        if len(self.eager) >= _MAX_CALLS:
+            self.eager.clear()
+        self.eager.add(call)
 
     def holds(self) -> bool:
         """Whether everything the traced forward depended on is as it was."""
@@ -172,19 +182,9 @@ class BlockState:
         self.owner: nn.Module | None = None
         self.plans: list[Plan] = []
         self.misses = 0
-        self.eager: set[object] = set()
-        """Calls in which every prefix ran as eager PyTorch, as ``_call_of`` has them."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return BlockState, (self.save_activation, self.closed, self.folds)
-
-    def note_eager(self, call: object) -> None:
-        """That the original forward does the same for less."""
-        if call is None:
-            return
-        if len(self.eager) >= _MAX_CALLS:
-            self.eager.clear()
-        self.eager.add(call)
 
     def build(
         self, block: nn.Module, signature: Signature, training: bool | None = None
@@ -197,7 +197,6 @@ class BlockState:
             plan, reason = analysis.plan(self.save_activation, self.folds), ""
         except TracingError as error:
             plan, reason = Plan(signature, None, {}, error.guards), str(error)
-        self.eager.clear()
         self.plans.insert(0, plan)
         del self.plans[_MAX_PLANS:]
         return plan, analysis, reason
@@ -229,14 +228,19 @@ def _select(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return plan if plan.holds() else None
 
 
-def _call_of(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
-    """What decides how the prefixes of a block run in a call of one tensor; None for others."""
-    if kwargs or len(args) != 1 or type(args[0]) is not Tensor or torch.compiler.is_compiling():
+def _call_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+    """What decides, with the plan, which prefixes run as eager PyTorch; None where that is not to
+    be relied on: with hooks on saved tensors, by which checkpoints count these, in their order."""
+    if (
+        kwargs or len(args) != 1 or type(args[0]) is not Tensor or not args[0].is_cpu
+        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    ):  # fmt: skip
         return None
     (x,) = args
+    autocast = torch.is_autocast_enabled("cpu")
     return (
-        x.shape, x.dtype, x.requires_grad, x.is_contiguous(), block.training,
-        torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type), remembered.asked(),
+        x.shape, x.stride(), x.dtype, x.requires_grad, torch.is_grad_enabled(),
+        autocast and torch.get_autocast_dtype("cpu"), remembered.asked(),
     )  # fmt: skip
 
 
@@ -280,18 +284,18 @@ def _make_fused_class(cls: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        state = self.__dict__.get(KEY)
-        if state is not None and state.eager and _call_of(self, args, kwargs) in state.eager:
-            return cls.forward(self, *args, **kwargs)
         plan = _select(self, args, kwargs)
         if plan is None or plan.run is None:
             return cls.forward(self, *args, **kwargs)
-        if not plan.prefixes or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return plan.run(self, *args, **kwargs)
-        before = serving.eager_runs
+        if plan.eager and _call_of(args, kwargs) in plan.eager:
+            return cls.forward(self, *args, **kwargs)
+        before = serving.small.count
         result = plan.run(self, *args, **kwargs)
-        if serving.eager_runs - before == plan.prefixes:
-            self.__dict__[KEY].note_eager(_call_of(self, args, kwargs))
+        if serving.small.count - before == plan.prefixes > 0:
+            plan.note_eager(_call_of(args, kwargs))
+        serving.small.count = before  # of a block around this one they are none
         return result
 
     def body(namespace: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ Invalid arguments raise what eager raises, before any running statistic is touch
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -25,6 +26,7 @@ from .serving import (
     eager_conv,
     eager_norm,
     parameters_of,
+    small,
     statistics_of,
     values_per_channel,
 )
@@ -63,6 +65,8 @@ def batch_norm_relu(
         settings = prefix.decide(backend, input, norm)
         remembered.remember(key, settings)
     if settings.backend == "reference":
+        if settings.small:
+            small.count += 1
         return eager_norm(input, norm)
     mean, var = statistics_of(settings.backend, input, norm, statistics)
     output: Tensor
@@ -104,6 +108,8 @@ def batch_norm_relu_convs2d(
         )
         remembered.remember(key, settings)
     if settings.backend == "reference":
+        if settings.small:
+            small.count += 1
         activation = eager_norm(input, norm)
         outputs = [eager_conv(activation, conv) for conv in convs]
         if residual is not None:
@@ -192,8 +198,9 @@ def batch_norm_relu_conv2d(
     """``conv2d(relu(batch_norm(input))) + residual``; see ``batch_norm_relu`` and ``conv2d``.
 
     Only ``input`` ``[N, C, H, W]``, vectors and weights are saved for backward: the activation is
-    computed again, unless ``save_activation``. With ``return_statistics`` the result comes with its
-    own ``Statistics`` for the next batch norm (None where eager PyTorch ran).
+    computed again, unless ``save_activation`` or where eager PyTorch runs. With
+    ``return_statistics`` the result comes with its own ``Statistics`` for the next batch norm (None
+    where eager PyTorch ran).
 
     Raises what ``torch.nn.functional.batch_norm`` and ``conv2d`` raise.
     """
@@ -279,6 +286,8 @@ def _residual_unit(
         first = statistics_of("cpp", input, layers[0][0], statistics)
         output, found = identity_units.run(input, layers, prepared, first, return_statistics)
     elif prepared.settings is None:
+        if prepared is units.EAGER:
+            small.count += len(layers)
         output = _unit_of_prefixes(
             input, layers, projection, statistics, save_activation, prepared.backend
         )
@@ -327,8 +336,9 @@ def _checked_unit(
     prepared = units.prepare(
         backend, input, layers, projection, taken, shapes, save_activation, return_statistics
     )
-    ours = prepared.settings is not None and any(map(any, prepared.settings.fuses))
-    return prepared if ours or not plans.is_too_small(backend, input) else units.EAGER
+    largest = max(map(math.prod, shapes[:-1]))
+    is_small = not prepared.convolves and plans.is_too_small(backend, input, largest)
+    return units.EAGER if is_small else prepared
 
 
 def residual_units(

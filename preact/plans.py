@@ -120,14 +120,15 @@ def fuses_convolution(
     return plan in _OWN if plan != "auto" else _decide(*_problem(*prefix))
 
 
-def is_too_small(backend: str, input: Tensor) -> bool:
-    """Whether a prefix or unit of ``input``, none of whose convolutions is ours in forward, is
-    faster as eager PyTorch; by a written limit, where neither backend nor plan is asked for."""
+def is_too_small(backend: str, input: Tensor, elements: int) -> bool:
+    """Whether a prefix or unit is faster as eager PyTorch: none of its convolutions is ours in
+    forward, and its maps have ``elements`` at most. By a written limit, where neither backend nor
+    plan is asked for."""
     return (
-        input.numel() < LEAST_MAP
+        not torch.compiler.is_compiling()
         and backend == "cpp"
         and input.device.type == "cpu"
-        and not torch.compiler.is_compiling()
+        and elements < LEAST_MAP
         and backends.is_automatic()
         and current() == "auto"
     )

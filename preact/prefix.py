@@ -49,6 +49,8 @@ class Settings(NamedTuple):
     """Whether somebody may ask for a gradient."""
     backward: Kept[tuple[bool, ...]]
     """Of each convolution whether its backward runs in a kernel of our own."""
+    small: bool
+    """Whether eager PyTorch runs because it is faster."""
 
     def norm(self, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None) -> Affine:
         return Affine(mean, var, weight, bias, self.eps, self.batch_stats)
@@ -69,18 +71,20 @@ def decide(
     taken = tuple(geometry for geometry in geometries if geometry is not None)
     dtypes = tuple(compute_type(conv.weight) for conv in convs)
     fuses: tuple[bool, ...] = ()
+    small = False
     if backend != "reference":
         weights = [conv.weight for conv in convs]
         described = list(zip(weights, taken, dtypes, strict=True))
         fuses = fused_forward(backend, input, norm.training, described, joins)
-        if not any(fuses) and plans.is_too_small(backend, input):
+        small = not any(fuses) and plans.is_too_small(backend, input, input.numel())
+        if small:
             backend, fuses = "reference", ()
     tensors = [input, norm.weight, norm.bias, residual, *(t for conv in convs for t in conv[:2])]
     wanted = any(tensor is not None and tensor.requires_grad for tensor in tensors)
     return Settings(
         backend, norm.eps, norm.training, taken, fuses, dtypes, joins, return_statistics,
         plans.keeps_activation(save_activation),
-        (torch.is_grad_enabled() and wanted) or carries_tangents(), Kept(),
+        (torch.is_grad_enabled() and wanted) or carries_tangents(), Kept(), small,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -77,14 +78,15 @@ def values_per_channel(input: Tensor) -> int:
     return input.numel() // input.size(1)
 
 
-eager_runs = 0
-"""Batch norms and ReLUs that ran as eager PyTorch so far."""
+class _Small(threading.local):
+    count = 0
+
+
+small = _Small()
+"""In ``count``, the prefixes that this thread ran as eager PyTorch because their maps are small."""
 
 
 def eager_norm(input: Tensor, norm: Norm) -> Tensor:
-    global eager_runs
-    if not torch.compiler.is_compiling():
-        eager_runs += 1
     return F.relu(F.batch_norm(input, *norm))
 
 

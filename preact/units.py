@@ -34,8 +34,14 @@ class Prepared(NamedTuple):
     counts: tuple[int, ...] = ()
     """Values per channel that each norm sees."""
 
+    @property
+    def convolves(self) -> bool:
+        """Whether a convolution runs in a kernel of our own in forward."""
+        return self.settings is not None and any(map(any, self.settings.fuses))
+
 
 EAGER = Prepared("reference", None)
+"""Of a unit whose maps are small."""
 
 
 def prepare(
