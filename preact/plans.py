@@ -34,8 +34,8 @@ _OWN = ("C", "D", "E")
 # the share of the written choice's time that another must stay under, and the multiplications
 # (about half a millisecond's) from which on a wrong choice is worth finding.
 NEAR, CLEARLY, ENOUGH = 4, 0.9, 100_000_000
-LEAST_MAP = 250_000
-"""Elements of a map on a CPU below which passes around the library's convolutions gain less than
+SMALL_MAP = 250_000
+"""Elements of a map on a CPU up to which passes around the library's convolutions gain less than
 their way through Python takes."""
 
 _log = logging.getLogger("preact")
@@ -120,6 +120,14 @@ def fuses_convolution(
     return plan in _OWN if plan != "auto" else _decide(*_problem(*prefix))
 
 
+def small_map() -> int:
+    """``SMALL_MAP``, or what PREACT_SMALL_MAP has instead."""
+    asked = os.environ.get("PREACT_SMALL_MAP", "").strip()
+    if asked and not asked.isdecimal():
+        raise ValueError(f"PREACT_SMALL_MAP must be a number of elements, got {asked!r}")
+    return int(asked or SMALL_MAP)
+
+
 def is_too_small(backend: str, input: Tensor, elements: int) -> bool:
     """Whether a prefix or unit is faster as eager PyTorch: none of its convolutions is ours in
     forward, and its maps have ``elements`` at most. By a written limit, where neither backend nor
@@ -128,7 +136,7 @@ def is_too_small(backend: str, input: Tensor, elements: int) -> bool:
         not torch.compiler.is_compiling()
         and backend == "cpp"
         and input.device.type == "cpu"
-        and elements < LEAST_MAP
+        and elements <= small_map()
         and backends.is_automatic()
         and current() == "auto"
     )
@@ -229,20 +237,18 @@ def describe_choice(problem: trials.Problem) -> str:
     return f"{'our convolution' if own else 'the library'}, {how}"
 
 
-_LIMITS = "auto: by written limits on a CPU"
-_SMALL = f"eager PyTorch where a map has less than {LEAST_MAP} elements and the library convolves"
-
-
 def describe(device_type: str) -> str:
     """The plan on a device, and every choice made there so far, a line each."""
     plan = current()
     if plan != "auto":
         return f"{plan}, forced"
     setting = tuning.setting()
-    if device_type == "cpu" and setting == "off":
-        first = f"{_LIMITS}, as PREACT_TUNE=off; {_SMALL}"
-    elif device_type == "cpu":
-        first = f"{_LIMITS}, measured near them; {_SMALL}"
+    if device_type == "cpu":
+        how = "as PREACT_TUNE=off" if setting == "off" else "measured near them"
+        first = (
+            f"auto: by written limits on a CPU, {how}; eager PyTorch for maps of up to"
+            f" {small_map()} elements between the library's convolutions"
+        )
     elif setting == "off":
         first = "auto: by the cost model, as PREACT_TUNE=off"
     else:

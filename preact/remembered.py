@@ -125,6 +125,7 @@ def known(key: Key | None) -> Any:
         found = None
     if found is None:
         plans.current()
+        plans.small_map()
         tuning.setting()
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-_NAMES = ("PREACT_BACKEND", "PREACT_PLAN", "PREACT_TUNE")
+_NAMES = ("PREACT_BACKEND", "PREACT_PLAN", "PREACT_TUNE", "PREACT_SMALL_MAP")
 _KEYS = tuple(map(os.environ.encodekey, _NAMES))
 
 
@@ -18,5 +18,5 @@ def state() -> tuple[object, ...]:
     held: Any = getattr(os.environ, "_data", None)
     if held is None:
         return tuple(map(os.environ.get, _NAMES))
-    backend, plan, tune = _KEYS
-    return held.get(backend), held.get(plan), held.get(tune)
+    backend, plan, tune, small = _KEYS
+    return held.get(backend), held.get(plan), held.get(tune), held.get(small)

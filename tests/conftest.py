@@ -22,12 +22,13 @@ def choices_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
         yield
 
 
-@pytest.fixture(autouse=True)
-def no_map_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small maps, for which the automatic choice may be eager PyTorch, test what large ones run."""
-    from preact import plans
-
-    monkeypatch.setattr(plans, "LEAST_MAP", 0)
+@pytest.fixture(autouse=True, scope="session")
+def no_map_is_too_small() -> Iterator[None]:
+    """Small maps, for which the automatic choice may be eager PyTorch, test what large ones run;
+    in processes of a test as well."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREACT_SMALL_MAP", "0")
+        yield
 
 
 @pytest.fixture(autouse=True)

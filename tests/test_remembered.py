@@ -282,10 +282,13 @@ def test_what_is_kept_stays_bounded(monkeypatch):
     assert len(remembered._calls) <= 3
 
 
-@pytest.mark.parametrize("variable", ["PREACT_BACKEND", "PREACT_PLAN", "PREACT_TUNE"])
+@pytest.mark.parametrize("variable", ["PREACT_BACKEND", "PREACT_PLAN", "PREACT_TUNE", "PREACT_SMALL_MAP"])
 def test_a_variable_set_meanwhile_holds_for_the_next_call(variable, checked, monkeypatch):
     module, x = prefix_and_input()
-    values = {"PREACT_BACKEND": "reference", "PREACT_PLAN": "A", "PREACT_TUNE": "off"}
+    values = {
+        "PREACT_BACKEND": "reference", "PREACT_PLAN": "A", "PREACT_TUNE": "off",
+        "PREACT_SMALL_MAP": "5",
+    }  # fmt: skip
     monkeypatch.delenv(variable, raising=False)
     module(x)
     monkeypatch.setenv(variable, values[variable])
