@@ -8,7 +8,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 import preact
-from preact import autograd, checks, plans, remembered, tuning
+from preact import autograd, checks, plans, remembered, tuning, variables
 from preact import functional as PF
 from preact.backends import available
 
@@ -282,7 +282,7 @@ def test_what_is_kept_stays_bounded(monkeypatch):
     assert len(remembered._calls) <= 3
 
 
-@pytest.mark.parametrize("variable", ["PREACT_BACKEND", "PREACT_PLAN", "PREACT_TUNE", "PREACT_SMALL_MAP"])
+@pytest.mark.parametrize("variable", variables._NAMES)
 def test_a_variable_set_meanwhile_holds_for_the_next_call(variable, checked, monkeypatch):
     module, x = prefix_and_input()
     values = {

@@ -314,7 +314,9 @@ def test_blocks_within_count_for_themselves():
         def __init__(self) -> None:
             super().__init__()
             self.bn, self.conv = nn.BatchNorm2d(16), nn.Conv2d(16, 16, 3, padding=1, groups=2)
-            self.inner = nn.Sequential(nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 1, groups=2))
+            self.inner = nn.Sequential(
+                nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 1, groups=2)
+            )
             self.widen = nn.Conv2d(16, 4096, 1)
             self.bn2, self.conv2 = nn.BatchNorm2d(4096), nn.Conv2d(4096, 2, 1, groups=2)
 

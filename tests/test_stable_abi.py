@@ -14,9 +14,10 @@ SOURCES = Path(__file__).parents[1] / "csrc"
 IN_TORCH_2_10 = {
     "STABLE_TORCH_LIBRARY_FRAGMENT", "STABLE_TORCH_LIBRARY_IMPL", "STD_TORCH_CHECK",
     "TORCH_ABI_VERSION", "TORCH_BOX", "TORCH_ERROR_CODE_CHECK",
-    "aoti_torch_dtype_float32", "aoti_torch_dtype_float64", "aoti_torch_empty_strided",
+    "aoti_torch__reinterpret_tensor", "aoti_torch_dtype_float32", "aoti_torch_dtype_float64",
+    "aoti_torch_empty_strided",
     "aoti_torch_get_current_cuda_stream", "aoti_torch_get_device_index",
-    "aoti_torch_get_device_type", "aoti_torch_get_dtype", "aoti_torch__reinterpret_tensor", "torch_call_dispatcher",
+    "aoti_torch_get_device_type", "aoti_torch_get_dtype", "torch_call_dispatcher",
     "torch::headeronly::IntHeaderOnlyArrayRef", "torch::headeronly::MemoryFormat",
     "torch::headeronly::ScalarType", "torch::headeronly::detail::fp16_ieee_from_fp32_value",
     "torch::headeronly::detail::fp16_ieee_to_fp32_value", "torch::stable::Tensor",
