@@ -161,7 +161,9 @@ class Analysis:
         rewrite(self.trace.graph, self.matches, save_activation)
         run = to_function(self.trace.graph, original_class(self.block).__name__)
         plan = Plan(self.signature, run, fused, guards)
-        if found is None and set(fused.values()) <= _COUNTED:
+        # Modules of this package within would count as well, and have no other way than their own.
+        own = any(type(m).__module__.startswith("preact.") for m in self.block.modules())
+        if found is None and not own and set(fused.values()) <= _COUNTED:
             plan.prefixes = sum(len(prefixes) for _, prefixes, _ in self.matches.groups())
         if found is not None:
             plan.folded, plan.unfolded = found.folded, found.unfolded
@@ -228,9 +230,10 @@ def _select(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return plan if plan.holds() else None
 
 
-def _call_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
-    """What decides, with the plan, which prefixes run as eager PyTorch; None where that is not to
-    be relied on: with hooks on saved tensors, by which checkpoints count these, in their order."""
+def _call_of(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+    """What tells calls apart in which other prefixes may run as eager PyTorch; None where none may
+    be left to the original forward: with hooks on saved tensors, by which checkpoints count these,
+    in their order."""
     if (
         kwargs or len(args) != 1 or type(args[0]) is not Tensor or not args[0].is_cpu
         or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
@@ -241,6 +244,7 @@ def _call_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
     return (
         x.shape, x.stride(), x.dtype, x.requires_grad, torch.is_grad_enabled(),
         autocast and torch.get_autocast_dtype("cpu"), remembered.asked(),
+        *[norm.training for norm in plan.fused],
     )  # fmt: skip
 
 
@@ -289,13 +293,15 @@ def _make_fused_class(cls: type[nn.Module]) -> type[nn.Module]:
             return cls.forward(self, *args, **kwargs)
         if torch.compiler.is_compiling():
             return plan.run(self, *args, **kwargs)
-        if plan.eager and _call_of(args, kwargs) in plan.eager:
+        if plan.eager and _call_of(plan, args, kwargs) in plan.eager:
             return cls.forward(self, *args, **kwargs)
         before = serving.small.count
-        result = plan.run(self, *args, **kwargs)
-        if serving.small.count - before == plan.prefixes > 0:
-            plan.note_eager(_call_of(args, kwargs))
-        serving.small.count = before  # of a block around this one they are none
+        try:
+            result = plan.run(self, *args, **kwargs)
+            if serving.small.count - before == plan.prefixes > 0:
+                plan.note_eager(_call_of(plan, args, kwargs))
+        finally:
+            serving.small.count = before  # of a block around this one they are none
         return result
 
     def body(namespace: dict[str, Any]) -> None:

@@ -197,10 +197,9 @@ def batch_norm_relu_conv2d(
 ) -> Tensor | tuple[Tensor, Statistics | None]:
     """``conv2d(relu(batch_norm(input))) + residual``; see ``batch_norm_relu`` and ``conv2d``.
 
-    Only ``input`` ``[N, C, H, W]``, vectors and weights are saved for backward: the activation is
-    computed again, unless ``save_activation`` or where eager PyTorch runs. With
-    ``return_statistics`` the result comes with its own ``Statistics`` for the next batch norm (None
-    where eager PyTorch ran).
+    Only ``input`` ``[N, C, H, W]``, vectors and weights are saved for backward, the activation with
+    ``save_activation`` or in eager PyTorch. With ``return_statistics`` the result comes with its
+    own ``Statistics`` for the next batch norm (None where eager PyTorch ran).
 
     Raises what ``torch.nn.functional.batch_norm`` and ``conv2d`` raise.
     """
@@ -285,9 +284,9 @@ def _residual_unit(
     if isinstance(prepared, identity_units.Settings):
         first = statistics_of("cpp", input, layers[0][0], statistics)
         output, found = identity_units.run(input, layers, prepared, first, return_statistics)
+    elif prepared is units.EAGER:
+        output, found = units.run_eager(input, layers, projection), None
     elif prepared.settings is None:
-        if prepared is units.EAGER:
-            small.count += len(layers)
         output = _unit_of_prefixes(
             input, layers, projection, statistics, save_activation, prepared.backend
         )

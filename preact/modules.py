@@ -72,7 +72,8 @@ class BatchNormReLUConv2d(nn.Module):
 
     Arguments as of ``nn.Conv2d`` and ``nn.BatchNorm2d``; the children are ``norm`` and ``conv``.
     ``save_activation`` keeps the activation for backward, faster and larger, where the default
-    computes it again. Input ``[N, in_channels, H, W]``, result ``[N, out_channels, H', W']``.
+    computes it again (small maps keep it). Input ``[N, in_channels, H, W]``, result
+    ``[N, out_channels, H', W']``.
     """
 
     def __init__(

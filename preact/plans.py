@@ -134,6 +134,7 @@ def is_too_small(backend: str, input: Tensor, elements: int) -> bool:
     plan is asked for."""
     return (
         not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
         and backend == "cpp"
         and input.device.type == "cpu"
         and elements <= small_map()

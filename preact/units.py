@@ -22,7 +22,7 @@ from .prefix import fused_forward
 from .reference import memory_format_of
 from .remembered import Kept, carries_tangents
 from .running_stats import running_statistics, update_running_stats
-from .serving import parameters_of
+from .serving import eager_conv, eager_norm, parameters_of, small
 
 
 class Prepared(NamedTuple):
@@ -83,6 +83,18 @@ def prepare(
     )
     counts = tuple(batch * height * width for batch, _, height, width in shapes[: len(layers)])
     return Prepared(backend, settings, counts)
+
+
+def run_eager(input: Tensor, layers: Layers, projection: Conv | None) -> Tensor:
+    """The unit in eager PyTorch, its maps being small."""
+    small.count += len(layers)
+    x, shortcut = input, input
+    for index, (norm, conv) in enumerate(layers):
+        activation = eager_norm(x, norm)
+        x = eager_conv(activation, conv)
+        if index == 0 and projection is not None:
+            shortcut = eager_conv(activation, projection)
+    return x + shortcut
 
 
 def run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import preact
 from preact import backends, serving
+from preact._shadow import KEY
 
 pytestmark = pytest.mark.skipif(
     backends.available()["cpp"] != "", reason=f"no native kernels: {backends.available()['cpp']}"
@@ -350,3 +352,71 @@ def test_a_unit_is_as_large_as_its_largest_map():
         assert serving.small.count == before + 3
         large(torch.randn(2, 8, 8, 8).double())
     assert serving.small.count == before + 3
+
+
+@pytest.mark.skipif(backends.cpu_capability() == "baseline", reason="no convolution of ours")
+def test_training_is_another_call(originals):
+    """In training ours takes pointwise convolutions that widen a map, in evaluation none."""
+    block = Bottleneck(1)
+    block.conv2 = nn.Conv2d(32, 512, 1, bias=False)
+    block.bn2, block.conv3 = nn.BatchNorm2d(512), nn.Conv2d(512, 16, 1, groups=2, bias=False)
+    block.to(memory_format=torch.channels_last).eval()
+    preact.fuse_(block)
+    x = maps(2, 12)
+    for training, ran in ((False, 1), (True, 0), (False, 1)):
+        block.train(training)
+        block(x)
+        originals.clear()
+        block(x)
+        assert len(originals) == ran, training
+
+
+def test_own_modules_within_leave_the_block_fused(originals):
+    """One that runs as eager PyTorch is not taken for the prefix that the block itself fuses."""
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.widen, self.bn = nn.Conv2d(16, 4096, 1), nn.BatchNorm2d(4096)
+            self.conv = nn.Conv2d(4096, 16, 1, groups=2)
+            self.own = preact.BatchNormReLUConv2d(16, 16, 3, groups=2)
+
+        def forward(self, x):
+            return self.own(self.conv(torch.relu(self.bn(self.widen(x)))))
+
+    outer = Outer().eval()
+    preact.fuse_(outer)
+    with torch.no_grad():
+        outer(maps())
+    assert not any(plan.eager for plan in outer.__dict__[KEY].plans)
+
+
+def test_a_trace_is_fused():
+    module = preact.BatchNormReLUConv2d(32, 16, 3, groups=2).eval()
+    with torch.no_grad():
+        traced = torch.jit.trace(module, torch.randn(2, 32, 8, 8), check_trace=False)
+    assert "preact::batch_norm_relu" in str(traced.inlined_graph)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_units_with_projections_and_identities_under_autocast(training, dtype):
+    """A stage hands statistics on, and small units have none."""
+    torch.manual_seed(1)
+    stage = [preact.PreActBottleneck(8, 2, 2), preact.PreActBottleneck(8, 2)]
+    for unit in stage:
+        unit.conv2 = nn.Conv2d(2, 2, 3, unit.conv2.stride, 1, groups=2, bias=False)
+        unit.conv1, unit.conv3 = nn.Conv2d(8, 2, 1, groups=2), nn.Conv2d(2, 8, 1, groups=2)
+        unit.shortcut = unit.shortcut and nn.Conv2d(8, 8, 1, 2, groups=2)
+    model = nn.Sequential(*stage).train(training)
+    eager = copy.deepcopy(model)
+    before = serving.small.count
+    for _ in range(2):
+        x = torch.randn(2, 8, 8, 8, requires_grad=True)
+        results = []
+        for network, context in ((model, nullcontext()), (eager, preact.use_backend("reference"))):
+            with context, torch.autocast("cpu", dtype, enabled=dtype is torch.bfloat16):
+                output = network(x)
+            results.append((output, *torch.autograd.grad(output.sum(), (x, *network.parameters()))))
+        torch.testing.assert_close(*results, rtol=0, atol=0)
+    assert serving.small.count == before + 12
