@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """The default limit, which the other tests have none of; maps here have some thousand elements."""
+    """The default limit, of which other tests have none; maps here have some thousand elements."""
     monkeypatch.delenv("PREACT_SMALL_MAP")
 
 
