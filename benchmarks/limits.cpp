@@ -1,6 +1,8 @@
 // The least that a pass can take as an op: the same call, allocations and threads, and the same
 // bytes read and written by plain vector moves, with one operation for each vector read that
-// nothing waits for. Compiled where it is measured; see limits.py.
+// nothing waits for; or, where it `computes`, with the pass's arithmetic as if all channels were
+// the first: nothing begins or ends at a channel, and bfloat16 is cut off where it should be
+// rounded. Compiled where it is measured; see limits.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -8,6 +10,8 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <bit>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <optional>
@@ -24,6 +28,7 @@ constexpr int64_t kVector = 64;
 constexpr int64_t kVector = 32;
 #endif
 using Vector = uint32_t __attribute__((vector_size(kVector)));
+using Floats = float __attribute__((vector_size(kVector)));
 constexpr int64_t kUnrolled = 4, kBlock = kUnrolled * kVector;
 constexpr int64_t kGrainElements = 32768;  // as ATen's
 constexpr int64_t kWriteAhead = 256;
@@ -32,6 +37,14 @@ Vector load(const char* p) {
   Vector value;
   std::memcpy(&value, p, sizeof value);
   return value;
+}
+
+template <int READ, int64_t AHEAD>
+void ask_for_lines(const std::array<const char*, READ>& in, const char* out, int64_t at) {
+  if (AHEAD == 0) return;
+#pragma GCC unroll 3
+  for (int map = 0; map < READ; ++map) __builtin_prefetch(in[map] + at + AHEAD);
+  if (out != nullptr) __builtin_prefetch(out + at + kWriteAhead, 1);
 }
 
 // Bytes [begin, end) of all maps: their exclusive or is written, or without `out` returned, its own
@@ -47,11 +60,7 @@ uint32_t walk(const std::array<const char*, READ>& in, char* out, int64_t begin,
       Vector value = load(in[0] + own);
 #pragma GCC unroll 3
       for (int map = 1; map < READ; ++map) value ^= load(in[map] + own);
-      if (AHEAD > 0) {
-#pragma GCC unroll 3
-        for (int map = 0; map < READ; ++map) __builtin_prefetch(in[map] + own + AHEAD);
-        if (out != nullptr) __builtin_prefetch(out + own + kWriteAhead, 1);
-      }
+      ask_for_lines<READ, AHEAD>(in, out, own);
       if (out != nullptr) {
         std::memcpy(out + own, &value, sizeof value);
       } else {
@@ -75,6 +84,106 @@ uint32_t walk(const std::array<const char*, READ>& in, char* out, int64_t begin,
   return word;
 }
 
+// The first channel's values, in every lane.
+struct Channel {
+  Floats mean, scale, bias, slope, offset;
+};
+struct Sums {
+  Floats first, second;
+};
+
+Floats where_active(Floats z, Floats value) { return z > 0 ? value : Floats{}; }
+
+// What each pass does to the elements of its maps.
+struct Stats {
+  static constexpr int kRead = 1;
+  static Floats element(const Floats* in, const Channel& channel, Sums& sums) {
+    const Floats centred = in[0] - channel.mean;
+    sums.first += centred;
+    sums.second += centred * centred;
+    return centred;
+  }
+};
+struct Apply {
+  static constexpr int kRead = 1;
+  static Floats element(const Floats* in, const Channel& channel, Sums&) {
+    const Floats z = (in[0] - channel.mean) * channel.scale + channel.bias;
+    return where_active(z, z);
+  }
+};
+struct Reduce {
+  static constexpr int kRead = 2;
+  static Floats element(const Floats* in, const Channel& channel, Sums& sums) {
+    const Floats centred = in[1] - channel.mean;
+    const Floats dz = where_active(centred * channel.scale + channel.bias, in[0]);
+    sums.first += dz;
+    sums.second += dz * centred;
+    return dz;
+  }
+};
+struct Backward {
+  static constexpr int kRead = 3;
+  static Floats element(const Floats* in, const Channel& channel, Sums&) {
+    const Floats centred = in[1] - channel.mean;
+    const Floats dz = where_active(centred * channel.scale + channel.bias, in[0]);
+    return (channel.scale * dz + (centred * channel.slope + channel.offset)) + in[2];
+  }
+};
+struct Add {
+  static constexpr int kRead = 2;
+  static Floats element(const Floats* in, const Channel& channel, Sums& sums) {
+    const Floats sum = in[0] + in[1];
+    const Floats centred = sum - channel.mean;
+    sums.first += centred;
+    sums.second += centred * centred;
+    return sum;
+  }
+};
+
+// As walk, whole blocks alone: what is left of the last one is not looked at. PARTS of a vector are
+// widened one by one: one of float, two of bfloat16, those of even index and those of odd.
+template <typename Pass, int PARTS, int64_t AHEAD>
+float compute(const std::array<const char*, Pass::kRead>& in, char* out, int64_t begin, int64_t end,
+              const Channel& given) {
+  constexpr int kRead = Pass::kRead;
+  // More would not stay in sixteen registers.
+  constexpr int kChains = kVector == 64 || PARTS == 1 ? 4 : 2;
+  const Channel channel = given;
+  Sums sums[kChains][PARTS]{};
+  for (int64_t at = begin; at + kBlock <= end; at += kBlock) {
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < kUnrolled; ++k) {
+      const int64_t own = at + k * kVector;
+      ask_for_lines<kRead, AHEAD>(in, out, own);
+      Vector words[kRead], result{};
+#pragma GCC unroll 3
+      for (int map = 0; map < kRead; ++map) words[map] = load(in[map] + own);
+#pragma GCC unroll 2
+      for (int part = 0; part < PARTS; ++part) {
+        Floats values[kRead];
+#pragma GCC unroll 3
+        for (int map = 0; map < kRead; ++map) {
+          const Vector wide = PARTS == 1  ? words[map]
+                              : part == 0 ? words[map] << 16
+                                          : words[map] & 0xffff0000u;
+          values[map] = std::bit_cast<Floats>(wide);
+        }
+        const auto one =
+            std::bit_cast<Vector>(Pass::element(values, channel, sums[k % kChains][part]));
+        result = PARTS == 1 ? one : part == 0 ? one >> 16 : result | (one & 0xffff0000u);
+      }
+      if (out != nullptr) std::memcpy(out + own, &result, sizeof result);
+    }
+  }
+  Floats all{};
+  for (const auto& chain : sums) {
+    for (const Sums& some : chain) all += some.first + some.second;
+  }
+  float total = 0;
+  for (int64_t i = 0; i < kVector / 4; ++i) total += all[i];
+  return total;
+}
+
 int64_t width_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Double: return 8;
@@ -83,28 +192,57 @@ int64_t width_of(const Tensor& tensor) {
   }
 }
 
-template <int READ, int64_t AHEAD>
-uint32_t stream(const std::array<const char*, READ>& in, char* out, int64_t bytes, int64_t width) {
+// Calls work(begin, end) with runs of bytes, on PyTorch's threads; all that it returned combined.
+template <typename Work>
+uint32_t stream(const Tensor& map, const Work& work) {
+  const int64_t width = width_of(map), bytes = map.numel() * width;
   std::atomic<uint32_t> seen{0};
   const int64_t blocks = (bytes + kBlock - 1) / kBlock;
-  torch::stable::parallel_for(
-      0, blocks, kGrainElements * width / kBlock, [&](int64_t begin, int64_t end) {
-        seen ^= out == nullptr
-                    ? walk<READ, AHEAD>(in, nullptr, begin * kBlock, std::min(end * kBlock, bytes))
-                    : walk<READ, AHEAD>(in, out, begin * kBlock, std::min(end * kBlock, bytes));
-      });
+  torch::stable::parallel_for(0, blocks, kGrainElements * width / kBlock,
+                              [&](int64_t begin, int64_t end) {
+                                seen ^= work(begin * kBlock, std::min(end * kBlock, bytes));
+                              });
   return seen;
 }
 
-// Reads the maps and writes their exclusive or to `out`, or what walk returns to a word of `word`.
-template <int READ>
-void move(const Tensor* const (&maps)[READ], const Tensor* out, const Tensor* word, bool ahead) {
-  std::array<const char*, READ> in;
-  for (int i = 0; i < READ; ++i) in[i] = static_cast<const char*>(maps[i]->const_data_ptr());
-  const int64_t width = width_of(*maps[0]);
+template <int64_t AHEAD, int READ>
+uint32_t moved(const Tensor& map, const std::array<const char*, READ>& in, char* out) {
+  return stream(map, [&](int64_t begin, int64_t end) {
+    return out == nullptr ? walk<READ, AHEAD>(in, nullptr, begin, end)
+                          : walk<READ, AHEAD>(in, out, begin, end);
+  });
+}
+
+template <typename Pass, int PARTS, int64_t AHEAD>
+uint32_t computed(const Tensor& map, const std::array<const char*, Pass::kRead>& in, char* out,
+                  const Channel& channel) {
+  return stream(map, [&](int64_t begin, int64_t end) {
+    return std::bit_cast<uint32_t>(
+        out == nullptr ? compute<Pass, PARTS, AHEAD>(in, nullptr, begin, end, channel)
+                       : compute<Pass, PARTS, AHEAD>(in, out, begin, end, channel));
+  });
+}
+
+// Reads the maps and writes to `out`, or a word to `word`: of all sums, or of all words read.
+template <typename Pass>
+void run(const Tensor* const (&maps)[Pass::kRead], const Channel& channel, const Tensor* out,
+         const Tensor* word, bool ahead, bool computes) {
+  constexpr int kRead = Pass::kRead;
+  std::array<const char*, kRead> in;
+  for (int i = 0; i < kRead; ++i) in[i] = static_cast<const char*>(maps[i]->const_data_ptr());
   char* const to = out ? static_cast<char*>(out->mutable_data_ptr()) : nullptr;
-  const auto run = ahead ? &stream<READ, 2048> : &stream<READ, 0>;
-  const uint32_t seen = run(in, to, maps[0]->numel() * width, width);
+  const Tensor& map = *maps[0];
+  uint32_t seen = 0;
+  if (!computes) {
+    seen = ahead ? moved<2048, kRead>(map, in, to) : moved<0, kRead>(map, in, to);
+  } else if (map.scalar_type() == ScalarType::Float) {
+    seen = ahead ? computed<Pass, 1, 2048>(map, in, to, channel)
+                 : computed<Pass, 1, 0>(map, in, to, channel);
+  } else {
+    STD_TORCH_CHECK(map.scalar_type() == ScalarType::BFloat16, "float32 and bfloat16 alone");
+    seen = ahead ? computed<Pass, 2, 2048>(map, in, to, channel)
+                 : computed<Pass, 2, 0>(map, in, to, channel);
+  }
   if (word) std::memcpy(word->mutable_data_ptr(), &seen, sizeof seen);
 }
 
@@ -113,57 +251,74 @@ Tensor vector_of(const Tensor& map) {
   return torch::stable::empty({size, 1}, ScalarType::Float, std::nullopt, map.device());
 }
 
+float first_of(const Tensor& vector) { return *static_cast<const float*>(vector.const_data_ptr()); }
+
+Channel channel_of(const Tensor& mean, const Tensor& var, const Tensor& weight, const Tensor& bias,
+                   double eps) {
+  const Floats none{};
+  const float invstd = static_cast<float>(1 / std::sqrt(first_of(var) + eps));
+  return {none + first_of(mean), none + first_of(weight) * invstd, none + first_of(bias), none,
+          none};
+}
+
 using Two = std::tuple<Tensor, Tensor>;
 
-Two stats(const Tensor& x, bool ahead) {
+Two stats(const Tensor& x, bool ahead, bool computes) {
   Two found{vector_of(x), vector_of(x)};
-  move<1>({&x}, nullptr, &std::get<0>(found), ahead);
+  run<Stats>({&x}, Channel{}, nullptr, &std::get<0>(found), ahead, computes);
   return found;
 }
 
-Tensor apply(const Tensor& x, const Tensor&, const Tensor&, const Tensor&, const Tensor&, double,
-             bool ahead) {
+Tensor apply(const Tensor& x, const Tensor& mean, const Tensor& var, const Tensor& weight,
+             const Tensor& bias, double eps, bool ahead, bool computes) {
   const Tensor result = torch::stable::empty_like(x);
-  move<1>({&x}, &result, nullptr, ahead);
+  run<Apply>({&x}, channel_of(mean, var, weight, bias, eps), &result, nullptr, ahead, computes);
   return result;
 }
 
-Two reduce(const Tensor& grad, const Tensor& x, const Tensor&, const Tensor&, const Tensor&,
-           const Tensor&, double, bool ahead) {
+Two reduce(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& var,
+           const Tensor& weight, const Tensor& bias, double eps, bool ahead, bool computes) {
   Two found{vector_of(x), vector_of(x)};
-  move<2>({&grad, &x}, nullptr, &std::get<0>(found), ahead);
+  run<Reduce>({&grad, &x}, channel_of(mean, var, weight, bias, eps), nullptr, &std::get<0>(found),
+              ahead, computes);
   return found;
 }
 
-Tensor backward(const Tensor& grad, const Tensor& x, const Tensor&, const Tensor&, const Tensor&,
-                const Tensor&, const Tensor&, const Tensor&, const Tensor& skip, double,
-                bool ahead) {
+Tensor backward(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& var,
+                const Tensor& weight, const Tensor& bias, const Tensor& grad_weight,
+                const Tensor& grad_bias, const Tensor& skip, double eps, bool ahead,
+                bool computes) {
   const Tensor result = torch::stable::empty_like(x);
-  move<3>({&grad, &x, &skip}, &result, nullptr, ahead);
+  Channel channel = channel_of(mean, var, weight, bias, eps);
+  channel.slope += first_of(grad_weight);
+  channel.offset += first_of(grad_bias);
+  run<Backward>({&grad, &x, &skip}, channel, &result, nullptr, ahead, computes);
   return result;
 }
 
-std::tuple<Tensor, Tensor, Tensor> add(const Tensor& x, const Tensor& other, bool ahead) {
+std::tuple<Tensor, Tensor, Tensor> add(const Tensor& x, const Tensor& other, bool ahead,
+                                       bool computes) {
   std::tuple<Tensor, Tensor, Tensor> found{torch::stable::empty_like(x), vector_of(x),
                                            vector_of(x)};
-  move<2>({&x, &other}, &std::get<0>(found), nullptr, ahead);
+  run<Add>({&x, &other}, Channel{}, &std::get<0>(found), &std::get<1>(found), ahead, computes);
   return found;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY(preact_limits, m) {
-  m.def("stats(Tensor x, bool ahead) -> (Tensor, Tensor)");
+  m.def("stats(Tensor x, bool ahead, bool computes) -> (Tensor, Tensor)");
   m.def(
-      "apply(Tensor x, Tensor mean, Tensor var, Tensor weight, Tensor bias, float eps, bool ahead)"
-      " -> Tensor");
+      "apply(Tensor x, Tensor mean, Tensor var, Tensor weight, Tensor bias, float eps, bool ahead,"
+      " bool computes) -> Tensor");
   m.def(
       "reduce(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor weight, Tensor bias,"
-      " float eps, bool ahead) -> (Tensor, Tensor)");
+      " float eps, bool ahead, bool computes) -> (Tensor, Tensor)");
   m.def(
       "backward(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor weight, Tensor bias,"
-      " Tensor grad_weight, Tensor grad_bias, Tensor skip, float eps, bool ahead) -> Tensor");
-  m.def("add(Tensor x, Tensor other, bool ahead) -> (Tensor, Tensor, Tensor)");
+      " Tensor grad_weight, Tensor grad_bias, Tensor skip, float eps, bool ahead, bool computes)"
+      " -> Tensor");
+  m.def("add(Tensor x, Tensor other, bool ahead, bool computes) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(preact_limits, CPU, m) {

@@ -51,8 +51,8 @@ void reduce_rows(ReducePass<T> pass, int64_t begin, int64_t end, int64_t channel
                  double* sum_dz_x) {
   using P = VectorsOf<T>;
   const int64_t lanes = lanes_for<P>(channels);
-  std::vector<accumulate_t<T>> sums(2 * lanes);
-  std::vector<double> totals(2 * lanes);
+  LineVector<accumulate_t<T>> sums(2 * lanes);
+  LineVector<double> totals(2 * lanes);
   pass.sum_dz = sums.data();
   pass.sum_dz_x = sums.data() + lanes;
   for (int64_t row = begin; row < end; row += kSumRows) {
@@ -73,7 +73,7 @@ void reduce_planes(ReducePass<T> pass, int64_t first, int64_t images, int64_t st
                    int64_t channels, int64_t length, double* sum_dz, double* sum_dz_x) {
   using A = accumulate_t<T>;
   constexpr int kLanes = kFewLanes<A>;
-  std::vector<A> sums(2 * channels * kLanes);
+  LineVector<A> sums(2 * channels * kLanes);
   pass.sum_dz = sums.data();
   pass.sum_dz_x = sums.data() + channels * kLanes;
   std::fill_n(sum_dz, channels, 0.0);

@@ -32,7 +32,7 @@ std::tuple<Tensor, Tensor> direct(const Tensor& input, const Affine<float>& affi
   }
   Tensor mean = empty_vector(output), var = empty_vector(output);
   task.norm = direct_norm(affine);
-  std::vector<float> wide_bias;
+  LineVector<float> wide_bias;
   if (bias) {
     const Tensor wide = as_type(*bias, ScalarType::Float);
     wide_bias.assign(data<float>(wide), data<float>(wide) + shape.out_channels);

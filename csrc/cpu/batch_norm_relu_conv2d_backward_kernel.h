@@ -220,7 +220,7 @@ void batch_norm_relu_conv2d_backward_part(const cpu::DirectBackward<T>& task, in
   T* const added = task.grad_z ? nullptr
                                : reinterpret_cast<T*>(cpu::scratch(
                                      cpu::Slot::grad_input, s.in_h * s.in_w * task.input_stride));
-  std::vector<float> sums(2 * s.in_channels);
+  LineVector<float> sums(2 * s.in_channels);
   std::fill_n(sum_dz, s.in_channels, 0.0);
   std::fill_n(sum_dz_x, s.in_channels, 0.0);
   const WinogradTiles tiles = WinogradTiles::of(s.out_h, s.out_w);

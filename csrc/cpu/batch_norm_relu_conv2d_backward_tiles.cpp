@@ -8,9 +8,9 @@ namespace preact::cpu {
 namespace {
 
 // Rows [4, C], by lane.
-std::vector<float> rows_by_lane(const Tensor& coefficients) {
+LineVector<float> rows_by_lane(const Tensor& coefficients) {
   const int64_t channels = coefficients.size(1);
-  std::vector<float> rows;
+  LineVector<float> rows;
   for (int64_t row = 0; row < 4; ++row) {
     const auto lanes = by_lane(data<float>(coefficients) + row * channels, channels);
     rows.insert(rows.end(), lanes.begin(), lanes.end());
@@ -31,7 +31,7 @@ TileAbove compute_again(const UnitAfter& after, Conv2dShape shape) {
     pack_tiles(data<decltype(type)>(again.conv_weight), weight_strides(again.conv_weight), shape,
                gather, true, weights);
   });
-  std::vector<float> shift(channels, 0.0f);
+  LineVector<float> shift(channels, 0.0f);
   if (again.bias) {
     const Tensor bias = channel_vector(*again.bias, after.grad_skip, "bias");
     std::copy_n(data<float>(bias), channels, shift.data());

@@ -39,7 +39,7 @@ class TileSums {
  private:
   int64_t channels_, lanes_;
   double *dz_, *dz_x_;
-  std::vector<float> buffer_;
+  LineVector<float> buffer_;
   int64_t pending_ = 0;
 };
 
@@ -180,7 +180,7 @@ struct BackwardBuffers {
 
 template <typename G>
 TilePending<G> pending_source(const G* grad, const BFloat16* input,
-                              const std::vector<float>& coefficients) {
+                              const LineVector<float>& coefficients) {
   const float* const rows = coefficients.data();
   const auto lanes = static_cast<int64_t>(coefficients.size()) / 4;
   return {grad, input, rows, rows + lanes, rows + 2 * lanes, rows + 3 * lanes};

@@ -66,7 +66,7 @@ class TileMoments {
   int64_t channels_;
   double *mean_, *m2_;
   int64_t lanes_;
-  std::vector<float> buffer_;
+  LineVector<float> buffer_;
   std::vector<bool> started_;
   int64_t pending_ = 0;
   double count_ = 0;

@@ -269,7 +269,7 @@ void batch_norm_relu_pool2d_reduce(const cpu::PoolBackward<T, accumulate_t<T>>& 
                                    int64_t end, double* sum_dz, double* sum_dz_x) {
   using A = accumulate_t<T>;
   const int64_t channels = task.shape.channels;
-  std::vector<A> sums(2 * channels);
+  LineVector<A> sums(2 * channels);
   std::fill_n(sum_dz, channels, 0.0);
   std::fill_n(sum_dz_x, channels, 0.0);
   for (int64_t pixel = begin; pixel < end; pixel += kPoolSumPixels) {

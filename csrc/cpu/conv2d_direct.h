@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "common/conv2d_shape.h"
+#include "cpu/line_vector.h"
 
 namespace preact::cpu {
 
@@ -190,7 +191,7 @@ struct DirectAbove {
   Staged staged_grad;
   Gather gather;
   const float* weights;
-  std::vector<float> shift;  // of the norm before it
+  LineVector<float> shift;  // of the norm before it
   const T *grad_output, *pending_input;
   const float* coefficients;  // all three as of DirectBackward
 };

@@ -5,8 +5,8 @@
 
 namespace preact::cpu {
 
-std::vector<float> by_lane(const float* values, int64_t channels) {
-  std::vector<float> arranged(vector_size_of(channels));
+LineVector<float> by_lane(const float* values, int64_t channels) {
+  LineVector<float> arranged(vector_size_of(channels));
   for (size_t lane = 0; lane < arranged.size(); ++lane) {
     const int64_t c = channel_of(static_cast<int64_t>(lane), channels);
     arranged[lane] = c < channels ? values[c] : 0.0f;
@@ -14,8 +14,8 @@ std::vector<float> by_lane(const float* values, int64_t channels) {
   return arranged;
 }
 
-std::vector<float> tile_bias(const BFloat16* bias, int64_t channels) {
-  std::vector<float> values(channels);
+LineVector<float> tile_bias(const BFloat16* bias, int64_t channels) {
+  LineVector<float> values(channels);
   for (int64_t c = 0; c < channels; ++c) {
     values[c] = bfloat16_to_float(bias[c].bits);
   }

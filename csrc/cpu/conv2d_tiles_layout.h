@@ -25,9 +25,9 @@ inline int64_t channel_of(int64_t lane, int64_t channels) {
   const int64_t c = lane / 32 * 32 + lane % 16 * 2 + lane % 32 / 16;
   return is_narrow(channels) ? c % 16 : c;
 }
-std::vector<float> by_lane(const float* values, int64_t channels);
+LineVector<float> by_lane(const float* values, int64_t channels);
 // A convolution's bias, by lane but of 16 channels in order: as tiles leave their sums.
-std::vector<float> tile_bias(const BFloat16* bias, int64_t channels);
+LineVector<float> tile_bias(const BFloat16* bias, int64_t channels);
 
 // A step of the sum over taps and input channels: 32 channels of one tap, or 16 of two neighbours.
 struct Step {
@@ -90,7 +90,7 @@ void unpack_weight_sums(const float* sums, int64_t chunks, const WeightStrides& 
 
 // The batch norm of the input, by lane.
 struct TileNorm {
-  std::vector<float> mean, scale, shift;
+  LineVector<float> mean, scale, shift;
 
   TileNorm(const DirectNorm& norm, int64_t channels)
       : mean(by_lane(norm.mean, channels)),
@@ -103,7 +103,7 @@ struct TileForward {
   Staged staged;
   TileGather gather;
   TileNorm norm;
-  std::vector<float> bias;  // by lane, but of 16 channels in order
+  LineVector<float> bias;  // by lane, but of 16 channels in order
   const BFloat16 *input, *weights, *residual;
   BFloat16* output;
   int64_t input_stride, output_stride;  // between pixels; residual's is the output's
@@ -114,9 +114,9 @@ struct TileAbove {
   Staged staged_grad;
   TileGather gather;
   const BFloat16* weights;
-  std::vector<float> shift;  // by lane
+  LineVector<float> shift;  // by lane
   const BFloat16 *grad_output, *pending_input;
-  std::vector<float> coefficients;  // as of TileBackward
+  LineVector<float> coefficients;  // as of TileBackward
 };
 
 struct TileBackward {
@@ -128,7 +128,7 @@ struct TileBackward {
   TileNorm norm;
   const BFloat16 *input, *grad_output, *grad_activation;
   const BFloat16* pending_input;    // null where grad_output is the gradient itself
-  std::vector<float> coefficients;  // [4][O], by lane: scale, slope, centre, offset
+  LineVector<float> coefficients;  // [4][O], by lane: scale, slope, centre, offset
   const float* wide_grad;           // grad_output where it is float, pending always; or null
   const BFloat16* pending_skip;     // added to a pending gradient, or null
   BFloat16* completed;              // their sum; may be grad_output or pending_skip

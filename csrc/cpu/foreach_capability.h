@@ -20,6 +20,7 @@
 #include "cpu/conv2d_tiles_layout.h"
 #include "cpu/conv2d_winograd.h"
 #include "cpu/element.h"
+#include "cpu/line_vector.h"
 #include "cpu/pool2d.h"
 
 #if PREACT_X86

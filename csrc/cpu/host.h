@@ -8,6 +8,7 @@
 #include "cpu/capability.h"
 #include "cpu/channels.h"
 #include "cpu/element.h"
+#include "cpu/line_vector.h"
 #include "cpu/turns.h"
 
 namespace preact::cpu {
@@ -86,19 +87,19 @@ void parallel_over_tasks(const FeatureMap& map, const Chunks& chunks, const Func
 // weight * invstd, the mean and the bias of each channel, with absent parameters filled in.
 template <typename A>
 struct Affine {
-  std::vector<A> mean, invstd, scale, bias;
+  LineVector<A> mean, invstd, scale, bias;
 
   Affine(const Tensor& input, const Tensor& mean_, const Tensor& var_,
          const OptionalTensor& weight_, const OptionalTensor& bias_, double eps) {
     const int64_t channels = input.size(1);
     const auto copy = [&](const Tensor& vector, const char* name) {
       const Tensor same = channel_vector(vector, input, name);
-      return std::vector<A>(data<A>(same), data<A>(same) + channels);
+      return LineVector<A>(data<A>(same), data<A>(same) + channels);
     };
     mean = copy(mean_, "mean");
     invstd = copy(var_, "var");
-    scale = weight_ ? copy(*weight_, "weight") : std::vector<A>(channels, A(1));
-    bias = bias_ ? copy(*bias_, "bias") : std::vector<A>(channels, A(0));
+    scale = weight_ ? copy(*weight_, "weight") : LineVector<A>(channels, A(1));
+    bias = bias_ ? copy(*bias_, "bias") : LineVector<A>(channels, A(0));
     affine_channels(mean.data(), invstd.data(), scale.data(), bias.data(), channels, eps);
   }
 };
@@ -107,7 +108,7 @@ struct Affine {
 // zero where the statistics are constants and there are no sums.
 template <typename A>
 struct BackwardSums {
-  std::vector<A> slope, offset;
+  LineVector<A> slope, offset;
 
   BackwardSums(const Tensor& input, const Affine<A>& affine, const OptionalTensor& grad_weight,
                const OptionalTensor& grad_bias, int64_t count)
@@ -122,7 +123,7 @@ struct BackwardSums {
 
 // Per-task partial results: two doubles for each of a task's channels.
 struct Partials {
-  std::vector<double> first, second;
+  LineVector<double> first, second;
 
   Partials(int64_t chunks, int64_t channels)
       : first(chunks * channels), second(chunks * channels) {}

@@ -154,9 +154,9 @@ class ChunkStatistics {
   StatisticsPass<T, Source> pass_;
   int64_t channels_, stride_;
   int64_t lanes_;  // of the per-channel arrays
-  std::vector<double> moments_;
+  LineVector<double> moments_;
   double *mean_ = nullptr, *m2_ = nullptr;
-  std::vector<A> buffer_;
+  LineVector<A> buffer_;
   double count_ = 0;
 };
 
@@ -186,7 +186,7 @@ void plane_statistics(Source source, int64_t first, int64_t images, int64_t stri
                       int64_t channels, int64_t length, double* mean, double* m2) {
   using A = accumulate_t<T>;
   constexpr int kLanes = kFewLanes<A>;
-  std::vector<A> buffer(channels * (1 + 2 * kLanes));
+  LineVector<A> buffer(channels * (1 + 2 * kLanes));
   A* const sum = buffer.data() + channels;
   A* const square = sum + channels * kLanes;
   const StatisticsPass<T, Source> pass{source, {buffer.data(), sum, square}};

@@ -16,6 +16,11 @@
 constexpr int64_t kShortRow = 512, kLongestShared = 2048;  // bytes; where maps are read only, 1024
 constexpr int kLongRows = 4;
 
+// Rows of so many bytes, twice as many where a wide map is written, have more per-channel values
+// than the first-level cache keeps from one row to the next, and lie in pages of their own, which
+// memory reads side by side: half as many as of short rows share a load again.
+constexpr int64_t kWideRow = 4096;
+
 // A chain of more additions into one float would round noticeably more than sums of sums do.
 constexpr int64_t kChainRows = 32;
 
@@ -170,6 +175,12 @@ PREACT_INLINE void sweep_chain(const Pass& pass, int64_t first, int64_t rows, in
                        std::max(kAheadOf, kLongRows * stride));
     first += kLongRows * stride;
   }
+  constexpr int64_t kWide = kReads || std::is_same_v<P, Pairs> ? kWideRow : 2 * kWideRow;
+  constexpr int kWideRows = Pass::kRows / 2;
+  for (; bytes >= kWide && rows >= kWideRows; rows -= kWideRows) {
+    sweep_some_rows<T>(pass, first, kWideRows, channels, stride, kAheadOf / 4);
+    first += kWideRows * stride;
+  }
   for (; rows > 0; --rows, first += stride) {
     sweep_some_rows<T>(pass, first, 1, channels, stride, std::max(kAheadOf, stride));
   }
@@ -268,5 +279,5 @@ class ChannelArrays {
 
  private:
   const A* arrays_[COUNT];
-  std::vector<A> copies_;
+  LineVector<A> copies_;
 };
