@@ -71,7 +71,18 @@ Capability lowered(Capability detected) {
   return detected;
 }
 
+bool detect_amd() {
+#if PREACT_X86
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 }  // namespace
+
+const bool kFollowsStreams = detect_amd();
 
 Capability capability() {
   static const Capability chosen = lowered(detect());

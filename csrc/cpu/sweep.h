@@ -130,6 +130,14 @@ template <typename T>
 constexpr int64_t ahead_of() {
   return kAhead / static_cast<int64_t>(sizeof(T));
 }
+// That of elements whose lines are asked for: none ahead where nobody has to ask.
+PREACT_INLINE int64_t asked(int64_t ahead) { return kFollowsStreams ? 0 : ahead; }
+// Several rows of narrow elements at once, or some that are written, no processor follows, as it
+// does not follow columns.
+template <typename P>
+PREACT_INLINE int64_t asked_of_narrow(int64_t ahead) {
+  return std::is_same_v<P, Pairs> ? ahead : asked(ahead);
+}
 
 // As sweep_rows_from, rows whose sums may be one chain of additions.
 template <typename T, typename Pass>
@@ -141,7 +149,7 @@ PREACT_INLINE void sweep_chain(const Pass& pass, int64_t first, int64_t rows, in
   constexpr bool kReads = Pass::kRows > kLongRows;
   const int64_t bytes = channels * kSize;
   // Whole rows in registers, which sums leave at the end alone.
-  const int64_t some_ahead = kAhead / std::max<int64_t>(bytes, 1) * stride;
+  const int64_t some_ahead = asked(kAhead / std::max<int64_t>(bytes, 1) * stride);
   if (channels == kColumns * P::lanes) {
     return sweep_columns<P, 1, kColumns>(pass, first, rows, stride, some_ahead, 0);
   }
@@ -166,23 +174,23 @@ PREACT_INLINE void sweep_chain(const Pass& pass, int64_t first, int64_t rows, in
   for (; bytes <= (kReads ? 2 * kShortRow : kShortRow) && rows >= Pass::kRows;
        rows -= Pass::kRows) {
     sweep_some_rows<T>(pass, first, Pass::kRows, channels, stride,
-                       std::max(kAheadOf, Pass::kRows * stride));
+                       asked_of_narrow<P>(std::max(kAheadOf, Pass::kRows * stride)));
     first += Pass::kRows * stride;
   }
   constexpr int64_t kLongest = kReads || std::is_same_v<P, Pairs> ? kLongestShared : kShortRow;
   for (; bytes <= kLongest && rows >= kLongRows; rows -= kLongRows) {
     sweep_some_rows<T>(pass, first, kLongRows, channels, stride,
-                       std::max(kAheadOf, kLongRows * stride));
+                       asked_of_narrow<P>(std::max(kAheadOf, kLongRows * stride)));
     first += kLongRows * stride;
   }
   constexpr int64_t kWide = kReads || std::is_same_v<P, Pairs> ? kWideRow : 2 * kWideRow;
   constexpr int kWideRows = Pass::kRows / 2;
   for (; bytes >= kWide && rows >= kWideRows; rows -= kWideRows) {
-    sweep_some_rows<T>(pass, first, kWideRows, channels, stride, kAheadOf / 4);
+    sweep_some_rows<T>(pass, first, kWideRows, channels, stride, asked(kAheadOf / 4));
     first += kWideRows * stride;
   }
   for (; rows > 0; --rows, first += stride) {
-    sweep_some_rows<T>(pass, first, 1, channels, stride, std::max(kAheadOf, stride));
+    sweep_some_rows<T>(pass, first, 1, channels, stride, asked(std::max(kAheadOf, stride)));
   }
 }
 
@@ -209,7 +217,9 @@ PREACT_INLINE void sweep_rows(const Pass& pass, int64_t begin, int64_t end, int6
 template <typename T, typename Pass>
 PREACT_INLINE void sweep_plane(const Pass& pass, int64_t first, int64_t length, int64_t c) {
   using P = VectorsOf<T>;
-  constexpr int64_t kLong = 16 * P::lanes, kAheadOf = ahead_of<T>();
+  constexpr int64_t kLong = 16 * P::lanes;
+  constexpr bool kReads = Pass::kRows > kLongRows;
+  const int64_t ahead = kReads ? asked(ahead_of<T>()) : asked_of_narrow<P>(ahead_of<T>());
   auto regs = pass.template begin<P, WithinChannel>(c);
   auto second = regs;
   const int64_t end = first + length;
@@ -217,20 +227,20 @@ PREACT_INLINE void sweep_plane(const Pass& pass, int64_t first, int64_t length, 
   if (length >= kLong) {
     auto third = regs, fourth = regs;
     for (; i + 4 * P::lanes <= end; i += 4 * P::lanes) {
-      pass.template element<P>(regs, Offset{i, i + kAheadOf});
-      pass.template element<P>(second, Offset{i + P::lanes, i + P::lanes + kAheadOf});
-      pass.template element<P>(third, Offset{i + 2 * P::lanes, i + 2 * P::lanes + kAheadOf});
-      pass.template element<P>(fourth, Offset{i + 3 * P::lanes, i + 3 * P::lanes + kAheadOf});
+      pass.template element<P>(regs, Offset{i, i + ahead});
+      pass.template element<P>(second, Offset{i + P::lanes, i + P::lanes + ahead});
+      pass.template element<P>(third, Offset{i + 2 * P::lanes, i + 2 * P::lanes + ahead});
+      pass.template element<P>(fourth, Offset{i + 3 * P::lanes, i + 3 * P::lanes + ahead});
     }
     pass.join(regs, third);
     pass.join(second, fourth);
   }
   for (; i + 2 * P::lanes <= end; i += 2 * P::lanes) {
-    pass.template element<P>(regs, Offset{i, i + kAheadOf});
-    pass.template element<P>(second, Offset{i + P::lanes, i + P::lanes + kAheadOf});
+    pass.template element<P>(regs, Offset{i, i + ahead});
+    pass.template element<P>(second, Offset{i + P::lanes, i + P::lanes + ahead});
   }
   if (i + P::lanes <= end) {
-    pass.template element<P>(regs, Offset{i, i + kAheadOf});
+    pass.template element<P>(regs, Offset{i, i + ahead});
     i += P::lanes;
   }
   if (i < end) {
