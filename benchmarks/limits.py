@@ -13,6 +13,7 @@ __all__ = ["operations"]
 _SOURCE = Path(__file__).with_name("limits.cpp")
 # PyTorch keeps one build for all its versions: it must be of the oldest.
 _ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+_FLAGS = ("-O3", "-std=c++20", "-ffp-contract=fast", _ABI)
 _TARGETS = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}
 
 
@@ -28,7 +29,7 @@ def operations(capability: str) -> Any:
     load(
         f"preact_limits_{capability.lower()}",
         [str(_SOURCE)],
-        extra_cflags=["-O3", "-std=c++20", "-ffp-contract=fast", _ABI, *([f"-march={target}"] if target else [])],
+        extra_cflags=[*_FLAGS, *([f"-march={target}"] if target else [])],
         is_python_module=False,
     )
     return torch.ops.preact_limits

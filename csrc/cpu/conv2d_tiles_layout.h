@@ -127,18 +127,18 @@ struct TileBackward {
   PairedPixels paired;
   TileNorm norm;
   const BFloat16 *input, *grad_output, *grad_activation;
-  const BFloat16* pending_input;    // null where grad_output is the gradient itself
+  const BFloat16* pending_input;   // null where grad_output is the gradient itself
   LineVector<float> coefficients;  // [4][O], by lane: scale, slope, centre, offset
-  const float* wide_grad;           // grad_output where it is float, pending always; or null
-  const BFloat16* pending_skip;     // added to a pending gradient, or null
-  BFloat16* completed;              // their sum; may be grad_output or pending_skip
-  const TileAbove* above;           // computes grad_output, or null
-  BFloat16* grad_z;                 // null where only its sums are wanted, or where
-  const float* wide_skip;           // scale * grad_z is added to this instead, or,
-  const BFloat16* grad_skip;        // where it is not float, to this:
-  float* grad_input;                // their sum; may be wide_skip
-  int64_t input_stride;             // between pixels of input and all gradients like it
-  int64_t output_stride;            // between pixels of grad_output and pending_input
+  const float* wide_grad;          // grad_output where it is float, pending always; or null
+  const BFloat16* pending_skip;    // added to a pending gradient, or null
+  BFloat16* completed;             // their sum; may be grad_output or pending_skip
+  const TileAbove* above;          // computes grad_output, or null
+  BFloat16* grad_z;                // null where only its sums are wanted, or where
+  const float* wide_skip;          // scale * grad_z is added to this instead, or,
+  const BFloat16* grad_skip;       // where it is not float, to this:
+  float* grad_input;               // their sum; may be wide_skip
+  int64_t input_stride;            // between pixels of input and all gradients like it
+  int64_t output_stride;           // between pixels of grad_output and pending_input
 };
 
 }  // namespace preact::cpu
