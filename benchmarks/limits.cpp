@@ -1,11 +1,15 @@
 // The least that a pass can take as an op: the same call, allocations and threads, and the same
 // bytes read and written by plain vector moves, with one operation for each vector read that
-// nothing waits for; or, where it `computes`, with the pass's arithmetic as if all channels were
-// the first: nothing begins or ends at a channel, and bfloat16 is cut off where it should be
+// nothing waits for; or, where it `computes`, with the pass's arithmetic for one channel's values
+// throughout: nothing begins or ends at a channel, and bfloat16 is cut off where it should be
 // rounded. Compiled where it is measured; see limits.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
 
 #include <algorithm>
 #include <array>
@@ -22,10 +26,12 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
 constexpr int64_t kVector = 64;
-#else
+#elif defined(__AVX__)
 constexpr int64_t kVector = 32;
+#else
+constexpr int64_t kVector = 16;
 #endif
 using Vector = uint32_t __attribute__((vector_size(kVector)));
 using Floats = float __attribute__((vector_size(kVector)));
@@ -84,7 +90,7 @@ uint32_t walk(const std::array<const char*, READ>& in, char* out, int64_t begin,
   return word;
 }
 
-// The first channel's values, in every lane.
+// One channel's values, in every lane; of sums alone, whose shift is their own, zeros.
 struct Channel {
   Floats mean, scale, bias, slope, offset;
 };
@@ -93,6 +99,16 @@ struct Sums {
 };
 
 Floats where_active(Floats z, Floats value) { return z > 0 ? value : Floats{}; }
+// Spelt out: the compiler takes two instructions for a choice.
+Floats relu(Floats z) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(z, Floats{});
+#elif defined(__AVX__)
+  return _mm256_max_ps(z, Floats{});
+#else
+  return where_active(z, z);
+#endif
+}
 
 // What each pass does to the elements of its maps.
 struct Stats {
@@ -108,7 +124,7 @@ struct Apply {
   static constexpr int kRead = 1;
   static Floats element(const Floats* in, const Channel& channel, Sums&) {
     const Floats z = (in[0] - channel.mean) * channel.scale + channel.bias;
-    return where_active(z, z);
+    return relu(z);
   }
 };
 struct Reduce {
@@ -223,7 +239,7 @@ uint32_t computed(const Tensor& map, const std::array<const char*, Pass::kRead>&
   });
 }
 
-// Reads the maps and writes to `out`, or a word to `word`: of all sums, or of all words read.
+// Reads the maps and writes to `out`, and to `word` a word of all sums, or of all words read.
 template <typename Pass>
 void run(const Tensor* const (&maps)[Pass::kRead], const Channel& channel, const Tensor* out,
          const Tensor* word, bool ahead, bool computes) {
@@ -272,15 +288,16 @@ Two stats(const Tensor& x, bool ahead, bool computes) {
 Tensor apply(const Tensor& x, const Tensor& mean, const Tensor& var, const Tensor& weight,
              const Tensor& bias, double eps, bool ahead, bool computes) {
   const Tensor result = torch::stable::empty_like(x);
-  run<Apply>({&x}, channel_of(mean, var, weight, bias, eps), &result, nullptr, ahead, computes);
+  const Channel channel = computes ? channel_of(mean, var, weight, bias, eps) : Channel{};
+  run<Apply>({&x}, channel, &result, nullptr, ahead, computes);
   return result;
 }
 
 Two reduce(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& var,
            const Tensor& weight, const Tensor& bias, double eps, bool ahead, bool computes) {
   Two found{vector_of(x), vector_of(x)};
-  run<Reduce>({&grad, &x}, channel_of(mean, var, weight, bias, eps), nullptr, &std::get<0>(found),
-              ahead, computes);
+  const Channel channel = computes ? channel_of(mean, var, weight, bias, eps) : Channel{};
+  run<Reduce>({&grad, &x}, channel, nullptr, &std::get<0>(found), ahead, computes);
   return found;
 }
 
@@ -289,9 +306,11 @@ Tensor backward(const Tensor& grad, const Tensor& x, const Tensor& mean, const T
                 const Tensor& grad_bias, const Tensor& skip, double eps, bool ahead,
                 bool computes) {
   const Tensor result = torch::stable::empty_like(x);
-  Channel channel = channel_of(mean, var, weight, bias, eps);
-  channel.slope += first_of(grad_weight);
-  channel.offset += first_of(grad_bias);
+  Channel channel = computes ? channel_of(mean, var, weight, bias, eps) : Channel{};
+  if (computes) {
+    channel.slope += first_of(grad_weight);
+    channel.offset += first_of(grad_bias);
+  }
   run<Backward>({&grad, &x, &skip}, channel, &result, nullptr, ahead, computes);
   return result;
 }

@@ -21,7 +21,7 @@ from .records import Value, write_records
 from .report import wide_console
 from .workload import DTYPES
 
-__all__ = ["OPS", "map_shape", "measure", "streaming", "vectors"]
+__all__ = ["OPS", "map_shape", "measure", "streaming", "vectors", "verdict"]
 
 RESULTS = Path(__file__).parent / "results"
 EPS = 1e-5
@@ -107,14 +107,14 @@ def measure(
     ``ratio`` counts each map that an op reads or writes once. ``call_us`` is the same op on a map
     of one pixel: checks, allocation and the way into the op, no streaming. ``moves`` is the ratio
     of a call that only moves the op's bytes (``limits.cpp``), ``computes`` that of one with the
-    op's arithmetic as well, each by the faster of its two loops; ``of_limit`` is the latter's time
-    over the op's. The names that end in ``_streaming`` leave out what calls cost.
+    op's arithmetic as well, each by the faster of its two loops; ``of_computes`` is the latter's
+    time over the op's. The names that end in ``_streaming`` leave out what calls cost.
     """
     shape = map_shape(level, OPS[op], channels, size, dtype)
     one_pixel = (1, channels, 1, 1)
     every = [_lanes(op, one, dtype, layout, kernels) for one in (shape, one_pixel)]
     steps = {(lane, i): call for i in range(2) for lane, call in every[i].items()}
-    found = timing.measure(steps, "cpu", rounds, 0.6, least_rounds=min(rounds, 5))
+    found = timing.measure(steps, "cpu", rounds, 1.0, least_rounds=min(rounds, 5))
     took = {key: timing.quantiles(s.seconds, 0.2, 0.8).median * 1e6 for key, s in found.items()}
     scale = OPS[op] / 2
     row: dict[str, Value] = {
@@ -146,17 +146,17 @@ def measure(
             * (took["copy_", 0] - took["copy_", 1])
             / (took[lane, 0] - took[lane, 1]),
         }
-    of_limit = timing.paired(found[chosen["computes"], 0], found["op", 0])
+    of_computes = timing.paired(found[chosen["computes"], 0], found["op", 0])
     return row | {
-        "of_limit_q25": of_limit.low,
-        "of_limit": of_limit.median,
-        "of_limit_q75": of_limit.high,
+        "of_computes_q25": of_computes.low,
+        "of_computes": of_computes.median,
+        "of_computes_q75": of_computes.high,
         "verdict": verdict(row),
     }
 
 
 def verdict(row: dict[str, Value]) -> str:
-    """What of the aim: "met", "out of reach" of a limit, or "missed"."""
+    """What of the aim: "met", "out of reach" of the limit that computes too, or "missed"."""
     if float(row["ratio"]) >= AIM:
         return "met"
     return "missed" if float(row["computes"]) >= AIM else "out of reach"
@@ -207,7 +207,7 @@ def streaming(
     )
     for heading in (
         "op", "type", "layout", "out of", "map MiB", "us", "copy_ us", "a call us",
-        "ratio (IQR)", "moves (IQR)", "computes (IQR)", "without calls", "of limit", f"aim {AIM}",
+        "ratio (IQR)", "moves (IQR)", "computes (IQR)", "without calls", "of computes", f"aim {AIM}",
     ):  # fmt: skip
         table.add_column(heading)
     rows: list[dict[str, Value]] = []
@@ -225,7 +225,7 @@ def streaming(
                         f"{row['us']:.1f}", f"{row['copy_us']:.1f}", f"{row['call_us']:.1f}",
                         *(f"{row[name]:.2f} ({row[name + '_q25']:.2f}-{row[name + '_q75']:.2f})"
                           for name in ("ratio", "moves", "computes")),
-                        f"{row['ratio_streaming']:.2f}", f"{row['of_limit']:.2f}",
+                        f"{row['ratio_streaming']:.2f}", f"{row['of_computes']:.2f}",
                         str(row["verdict"]),
                     )  # fmt: skip
                     write_records(path, rows)

@@ -47,7 +47,9 @@ def test_command(tmp_path, monkeypatch):
             assert float(row[limit]) == pytest.approx(
                 moved * float(row["copy_us"]) / float(row[f"{limit}_us"])
             )
-        assert float(row["of_limit"]) == pytest.approx(float(row["ratio"]) / float(row["computes"]))
+        assert float(row["of_computes"]) == pytest.approx(
+            float(row["ratio"]) / float(row["computes"])
+        )
         assert row["verdict"] == streaming.verdict(row)
     refused = CliRunner().invoke(main, ["streaming", "--levels", "L1"])
     assert refused.exit_code == 2

@@ -23,8 +23,8 @@ enum class Capability { baseline, avx2, avx512, avx512_bf16, amx };
 // The best set this processor runs; PREACT_CPU_CAPABILITY in the environment lowers it.
 Capability capability();
 
-// Whether the processor's own prefetchers keep up with a pass over a map, so that asking for lines
-// only takes the place of loads: AMD's do, on the one measured (Zen 4).
+// Whether the processor's own prefetchers keep up with a pass over a map, and lines asked for ahead
+// are in their way: AMD's do, on the one measured (Zen 4).
 extern const bool kFollowsStreams;
 
 }  // namespace preact

@@ -6,6 +6,7 @@
 
 #include "cpu/conv2d_direct.h"
 #include "cpu/element.h"
+#include "cpu/line_vector.h"
 #include "cpu/turns.h"
 
 namespace preact::cpu {

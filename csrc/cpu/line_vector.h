@@ -9,15 +9,15 @@
 
 namespace preact {
 
-// More is asked for than there is to hold, and where that lies is kept before the line: allocations
-// of a stated alignment take glibc longer.
+// Allocates a line more, and keeps the address that it was given before the first value: glibc
+// takes longer for allocations of a stated alignment.
 template <typename V>
 struct LineAllocator {
   using value_type = V;
 
   LineAllocator() = default;
   template <typename Other>
-  LineAllocator(const LineAllocator<Other>&) {}
+  LineAllocator(const LineAllocator<Other>&) noexcept {}
 
   V* allocate(std::size_t count) {
     char* const given = static_cast<char*>(::operator new(count * sizeof(V) + kLine));
@@ -34,6 +34,7 @@ struct LineAllocator {
 
  private:
   static constexpr std::size_t kLine = 64;
+  static_assert(alignof(V) <= kLine && __STDCPP_DEFAULT_NEW_ALIGNMENT__ >= sizeof(char*));
 };
 
 // Values that kernels load and store in whole vectors: each of those that begin elsewhere lies in

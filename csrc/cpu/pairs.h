@@ -121,8 +121,8 @@ struct Tail {
   int64_t again;
 };
 
-// Where a vector of elements lies in its maps, and where lines are asked for meanwhile: the
-// processor's own prefetchers do not keep up with a pass whose arithmetic holds back its next
+// Where a vector of elements lies in its maps, and where lines are asked for meanwhile: many
+// processors' own prefetchers do not keep up with a pass whose arithmetic holds back its next
 // loads.
 struct Offset {
   int64_t first;
@@ -130,7 +130,7 @@ struct Offset {
 
   PREACT_INLINE operator int64_t() const { return first; }
 };
-constexpr int64_t kAhead = 2048;      // bytes, at least
+constexpr int64_t kAhead = 2048;      // bytes
 constexpr int64_t kWriteAhead = 256;  // lines to be written wait in the first-level cache
 
 template <typename P, typename T>

@@ -11,15 +11,16 @@
 // Get says how a per-channel array is read: one value per lane, or one for all lanes.
 
 // Of longer rows 4 share a load where maps are read only or are narrow, whose per-channel values
-// take twice as many loads; others are walked one by one, as are still longer ones: at these
-// distances lines of several rows and maps fall into few sets of the cache.
+// take twice as many loads; others are walked one by one, as are longer ones up to kWideRow: at
+// these distances lines of several rows and maps fall into few sets of the cache.
 constexpr int64_t kShortRow = 512, kLongestShared = 2048;  // bytes; where maps are read only, 1024
 constexpr int kLongRows = 4;
 
-// Rows of so many bytes, twice as many where a wide map is written, have more per-channel values
-// than the first-level cache keeps from one row to the next, and lie in pages of their own, which
-// memory reads side by side: half as many as of short rows share a load again.
-constexpr int64_t kWideRow = 4096;
+// Rows of so many bytes, twice as many where a map is written that is not narrow, push their own
+// per-channel values out of the first-level cache, which costs more than its sets do, and are a
+// page or more apart, which memory reads side by side: half as many as of short rows share a load,
+// and lines are asked for just ahead, as those of other rows would take their place.
+constexpr int64_t kWideRow = 4096, kWideAhead = kAhead / 4;  // bytes
 
 // A chain of more additions into one float would round noticeably more than sums of sums do.
 constexpr int64_t kChainRows = 32;
@@ -130,10 +131,11 @@ template <typename T>
 constexpr int64_t ahead_of() {
   return kAhead / static_cast<int64_t>(sizeof(T));
 }
-// That of elements whose lines are asked for: none ahead where nobody has to ask.
+// How far ahead lines are asked for: where nobody has to ask, those that are read just now, which
+// costs next to nothing.
 PREACT_INLINE int64_t asked(int64_t ahead) { return kFollowsStreams ? 0 : ahead; }
-// Several rows of narrow elements at once, or some that are written, no processor follows, as it
-// does not follow columns.
+// Of several short rows at once, or planes that are written, where elements are narrow, no
+// processor keeps up by itself, nor of columns.
 template <typename P>
 PREACT_INLINE int64_t asked_of_narrow(int64_t ahead) {
   return std::is_same_v<P, Pairs> ? ahead : asked(ahead);
@@ -185,8 +187,9 @@ PREACT_INLINE void sweep_chain(const Pass& pass, int64_t first, int64_t rows, in
   }
   constexpr int64_t kWide = kReads || std::is_same_v<P, Pairs> ? kWideRow : 2 * kWideRow;
   constexpr int kWideRows = Pass::kRows / 2;
+  static_assert(kWideRows > 0);
   for (; bytes >= kWide && rows >= kWideRows; rows -= kWideRows) {
-    sweep_some_rows<T>(pass, first, kWideRows, channels, stride, asked(kAheadOf / 4));
+    sweep_some_rows<T>(pass, first, kWideRows, channels, stride, asked(kWideAhead / kSize));
     first += kWideRows * stride;
   }
   for (; rows > 0; --rows, first += stride) {
