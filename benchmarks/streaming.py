@@ -207,7 +207,8 @@ def streaming(
     )
     for heading in (
         "op", "type", "layout", "out of", "map MiB", "us", "copy_ us", "a call us",
-        "ratio (IQR)", "moves (IQR)", "computes (IQR)", "without calls", "of computes", f"aim {AIM}",
+        "ratio (IQR)", "moves (IQR)", "computes (IQR)", "without calls", "of computes",
+        f"aim {AIM}",
     ):  # fmt: skip
         table.add_column(heading)
     rows: list[dict[str, Value]] = []
