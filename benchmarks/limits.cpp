@@ -110,28 +110,34 @@ Floats relu(Floats z) {
 #endif
 }
 
+void add_moments(Floats x, const Channel& channel, Sums& sums) {
+  const Floats centred = x - channel.mean;
+  sums.first += centred;
+  sums.second += centred * centred;
+}
+Floats dz_of(Floats grad, Floats centred, const Channel& channel) {
+  return where_active(centred * channel.scale + channel.bias, grad);
+}
+
 // What each pass does to the elements of its maps.
 struct Stats {
   static constexpr int kRead = 1;
   static Floats element(const Floats* in, const Channel& channel, Sums& sums) {
-    const Floats centred = in[0] - channel.mean;
-    sums.first += centred;
-    sums.second += centred * centred;
-    return centred;
+    add_moments(in[0], channel, sums);
+    return in[0];
   }
 };
 struct Apply {
   static constexpr int kRead = 1;
   static Floats element(const Floats* in, const Channel& channel, Sums&) {
-    const Floats z = (in[0] - channel.mean) * channel.scale + channel.bias;
-    return relu(z);
+    return relu((in[0] - channel.mean) * channel.scale + channel.bias);
   }
 };
 struct Reduce {
   static constexpr int kRead = 2;
   static Floats element(const Floats* in, const Channel& channel, Sums& sums) {
     const Floats centred = in[1] - channel.mean;
-    const Floats dz = where_active(centred * channel.scale + channel.bias, in[0]);
+    const Floats dz = dz_of(in[0], centred, channel);
     sums.first += dz;
     sums.second += dz * centred;
     return dz;
@@ -141,7 +147,7 @@ struct Backward {
   static constexpr int kRead = 3;
   static Floats element(const Floats* in, const Channel& channel, Sums&) {
     const Floats centred = in[1] - channel.mean;
-    const Floats dz = where_active(centred * channel.scale + channel.bias, in[0]);
+    const Floats dz = dz_of(in[0], centred, channel);
     return (channel.scale * dz + (centred * channel.slope + channel.offset)) + in[2];
   }
 };
@@ -149,9 +155,7 @@ struct Add {
   static constexpr int kRead = 2;
   static Floats element(const Floats* in, const Channel& channel, Sums& sums) {
     const Floats sum = in[0] + in[1];
-    const Floats centred = sum - channel.mean;
-    sums.first += centred;
-    sums.second += centred * centred;
+    add_moments(sum, channel, sums);
     return sum;
   }
 };
